@@ -1,0 +1,265 @@
+"""What every stage shares and the method does not care about: flags, ranks, seeds, safe files, weights."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class UserError(ValueError):
+    """Something the user can mend; `run` shows it as a line or two, without a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# command line: a stage's Config dataclass is its flags, its help, its defaults and what gets recorded
+
+def positional(**kwargs):
+    """A Config field given by place instead of by flag."""
+    return dataclasses.field(metadata={"positional": True}, **kwargs)
+
+
+def parse_args(config: type, doc: str, argv: list[str] | None = None):
+    """argv -> Config. The comment behind a field (or on the lines right above it) is its help."""
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    comments, hints = field_comments(config), typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, options = hints[field.name], {"help": comments.get(field.name, " ").replace("%", "%%")}
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+        required = field.default is dataclasses.MISSING
+        if not required:
+            options["default"] = field.default
+        if required or field.default in (None, "", ()):  # nothing worth showing as "(default: ...)"
+            options["default"] = argparse.SUPPRESS
+        if "positional" in field.metadata:
+            if not required:
+                options["nargs"] = options.get("nargs", "?").replace("+", "*")
+            parser.add_argument(field.name, **options)
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), required=required, **options)
+    given = vars(parser.parse_args(argv))
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def field_comments(config: type) -> dict[str, str]:
+    comments, above = {}, []
+    for line in inspect.getsource(config).splitlines():
+        line = line.strip()
+        if line.startswith("#"):
+            above.append(line.lstrip("# "))
+        elif match := re.match(r"(\w+)\s*:[^#]*(?:#\s*(.*))?$", line):
+            comments[match[1]] = " ".join(above + [match[2] or ""]).strip()
+            above = []
+        else:
+            above = []
+    return comments
+
+
+def run(main, config: type, doc: str):
+    """A script's last line: parse the flags, run main(cfg), show what the user can mend in a line."""
+    cfg = parse_args(config, doc)
+    try:
+        sys.exit(main(cfg))
+    except (UserError, FileNotFoundError, PermissionError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------
+# ranks: torchrun's environment or one process, through the same code
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start_ranks(device: str | None = None) -> Ranks:
+    """Join torchrun's process group, or make one of a single process. device None: a GPU if there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def print0(*args):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# seeds: randomness is a function of names, never of rank, batch or what was drawn before
+
+def seed_of(*names) -> int:
+    """A 63-bit seed from any names: seed_of(0, "noise", clip_id, chunk)."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "little") >> 1
+
+
+def rng(*names) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*names))
+
+
+# ----------------------------------------------------------------------------------------------------
+# files: each appears whole or not at all
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside path; what was written there takes path's place on success."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~umask())  # safetensors 0.8 leaves its files 0600
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path, text: str):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path, tensors: dict[str, torch.Tensor], **metadata):
+    """A safetensors file; metadata values are stored as JSON."""
+    with replacing(path) as temporary:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
+                  {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
+
+
+# ----------------------------------------------------------------------------------------------------
+# weights: any checkpoint as {name: Stored}, read a tensor at a time into a module built on the meta device
+
+class Stored(NamedTuple):
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def weight_files(folder, stem: str) -> list[Path]:
+    """stem.safetensors, or the shards that stem.safetensors.index.json names, or nothing."""
+    index = Path(folder) / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        single = Path(folder) / f"{stem}.safetensors"
+        return [single] if single.exists() else []
+    files = [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing; {index.name} lists {len(files)} shards. Download it again.")
+    return files
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def open_weights(*files) -> tuple[dict, dict]:
+    """({name: Stored}, metadata) of safetensors, .pth or .pt files. Nothing is read before Stored.read().
+    A .pt that holds nested dictionaries (a training checkpoint) keeps them: {"generator": {name: Stored}}."""
+    weights, metadata = {}, {}
+    for file in map(Path, files):
+        if not file.exists():
+            raise UserError(f"no such file: {file}")
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as f:
+                    metadata |= {k: parse_json(v) for k, v in (f.metadata() or {}).items()}
+                    for k in f.keys():
+                        weights[k] = Stored(tuple(f.get_slice(k).get_shape()), Reader(file, k))
+            else:  # only zip archives, the format since torch 1.6, can be mapped
+                weights |= as_stored(torch.load(file, map_location="cpu", weights_only=True,
+                                                mmap=zipfile.is_zipfile(file)))
+        except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
+            raise UserError(f"{file} is truncated, corrupt or no checkpoint: {first_line(error)}") from None
+        except Exception as error:  # torch raises pickle.UnpicklingError, a bare Exception, for both reasons
+            raise UserError(f"{file} is corrupt, or holds more than tensors: {first_line(error)}") from None
+    return weights, metadata
+
+
+class Reader(NamedTuple):
+    """Opening the file anew for every tensor lets go of its mapped pages; they would pile up in memory."""
+    file: Path
+    name: str
+
+    def __call__(self):
+        with safe_open(self.file, "pt") as f:
+            return f.get_tensor(self.name)
+
+
+def as_stored(values: dict) -> dict:
+    return {k: Stored(tuple(v.shape), lambda v=v: v) if isinstance(v, torch.Tensor) else
+            as_stored(v) if isinstance(v, dict) else v for k, v in values.items()}
+
+
+def parse_json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def first_line(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fill(module: torch.nn.Module, weights: dict[str, Stored], device, what: str) -> torch.nn.Module:
+    """Put weights into a module built on the meta device, each straight into its parameter's dtype.
+    All that does not fit is listed, and nothing is loaded then."""
+    wanted = module.state_dict()
+    wrong = [f"missing: {k} {tuple(v.shape)}" for k, v in wanted.items() if k not in weights]
+    wrong += [f"unexpected: {k} {getattr(v, 'shape', '')}" for k, v in weights.items() if k not in wanted]
+    wrong += [f"misshapen: {k} is {weights[k].shape}, must be {tuple(v.shape)}" for k, v in wanted.items()
+              if k in weights and weights[k].shape != tuple(v.shape)]
+    if wrong:
+        shown = wrong[:20] + [f"... and {len(wrong) - 20} more"] * (len(wrong) > 20)
+        raise UserError(f"{what} does not fit, {len(wrong)} tensors are wrong:\n  " + "\n  ".join(shown))
+    loaded = {k: weights[k].read().to(device=device, dtype=v.dtype) for k, v in wanted.items()}
+    module.load_state_dict(loaded, assign=True)
+    return module.eval()

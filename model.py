@@ -1,0 +1,574 @@
+"""The Wan2.1 text-to-video transformer, made block-causal: for training, with a KV cache, loaded and saved.
+
+    python model.py PATH          what is this checkpoint, and is it causal?
+
+    B batch, F latent frames, C latent channels, H W latent height and width, S tokens in a frame (H/2 * W/2),
+    L = F * S tokens, N heads, D head dim. Latents are [B, F, C, H, W]; t is [B, F], from 0 (clean) to 1000
+    (noise). The output is the velocity v = noise - x0.
+
+Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
+and attention run in `compute`. Parameters of those products are stored in `dtype` (fp32 while training).
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import Stored, UserError
+
+PATCH = 2  # latent pixels a token covers, down and across; one frame at a time
+
+
+@dataclass(frozen=True)
+class Config:  # Wan2.1-T2V-1.3B; 14B is 5120, 13824, 40, 40
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------
+# who sees whom. A layout is ((first, last, past), ...) in tokens: tokens first..last see one another and
+# everything before past. It says all there is to say about bidirectional, causal, cached and teacher forcing.
+
+def chunk_sizes(frames: int, chunk: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """chunk=3 -> (3, 3, ...); a tuple is checked; None: one chunk of everything."""
+    if isinstance(chunk, int):
+        sizes = (chunk,) * (frames // max(chunk, 1))
+    else:
+        sizes = (frames,) if chunk is None else tuple(chunk)
+    if sum(sizes) != frames or min(sizes, default=0) < 1:
+        raise ValueError(f"{frames} latent frames are not chunks of {chunk}; give their sizes, as (1, 3, 3)")
+    return sizes
+
+
+def causal_layout(sizes: tuple[int, ...], per_frame: int, start: int = 0) -> tuple:
+    layout = []
+    for size in sizes:
+        layout.append((start * per_frame, (start + size) * per_frame, start * per_frame))
+        start += size
+    return tuple(layout)
+
+
+def teacher_layout(sizes: tuple[int, ...], per_frame: int) -> tuple:
+    """Clean chunks, then as many noisy ones; a noisy chunk sees itself and the clean ones before it.
+    Nobody sees the last clean chunk, so it is left out."""
+    clean = causal_layout(sizes[:-1], per_frame)
+    half = clean[-1][1] if clean else 0
+    return clean + tuple((half + a, half + b, past) for a, b, past in causal_layout(sizes, per_frame))
+
+
+def attention(q, k, v, layout, mask=None):
+    """q [B, Lq, N, D] are the last Lq of the positions of k, v [B, Lk, N, D] -> [B, Lq, N * D]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, D]
+    if mask is not None:
+        y = compiled_flex()(q, k, v, block_mask=mask)
+    else:
+        skip = k.shape[2] - q.shape[2]
+        y = torch.cat([F.scaled_dot_product_attention(
+            q[:, :, first - skip:last - skip], visible(k, first, last, past), visible(v, first, last, past))
+            for first, last, past in layout], dim=2)
+    return y.transpose(1, 2).flatten(2)
+
+
+def visible(x, first, last, past):  # [B, N, L, D]; a view where the past touches the chunk
+    return x[:, :, :last] if past == first else torch.cat([x[:, :, :past], x[:, :, first:last]], dim=2)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # it outlives this call, and may be met by autograd
+def block_mask(layout: tuple, device: torch.device, block: int = 128) -> BlockMask:
+    """The layout as flex_attention wants it, in closed form: at 65,536 tokens a dense mask would be 4 GB."""
+    length = layout[-1][1]
+    spans = torch.tensor(layout)                                                           # [chunks, 3]
+    rows = spans.repeat_interleave(spans[:, 1] - spans[:, 0], dim=0).unbind(1)
+    first, last, past = rows                                                               # [L] each
+
+    def extremes(x):  # least and greatest over each block of rows
+        padded = F.pad(x[None].double(), (0, -length % block), mode="replicate")[0].long()
+        return padded.view(-1, block, 1).aminmax(dim=1)                                    # [blocks, 1] each
+
+    (first_min, first_max), (last_min, last_max), (past_min, past_max) = map(extremes, rows)
+    lo = torch.arange(0, length, block)[None]                                              # [1, blocks]
+    hi = lo + block  # beyond the length in the last block, which is thereby never full
+    some = (lo < past_max) | ((lo < last_max) & (hi > first_min))
+    reach_min = extremes(torch.where(past >= first, last, past))[0]
+    full = (hi <= reach_min) | ((lo >= first_max) & (hi <= last_min))
+
+    def listed(blocks):  # how many, and which, in rising order
+        return (blocks.sum(-1, dtype=torch.int32)[None, None].to(device),
+                (~blocks).int().argsort(dim=-1, stable=True).int()[None, None].to(device))
+
+    first, last, past = (x.int().to(device) for x in rows)
+
+    def allowed(b, h, q, kv):
+        return (kv < past[q]) | ((kv >= first[q]) & (kv < last[q]))
+
+    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=block,
+                                    mask_mod=allowed, seq_lengths=(length, length))
+
+
+# ----------------------------------------------------------------------------------------------------
+# positions and time
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def rope_table(head_dim: int, start: int, frames: int, rows: int, columns: int, device) -> torch.Tensor:
+    """Angles' cos and sin, [2, F, S, 1, D/2]: the head's pairs are split among time, row and column."""
+    side = 2 * (head_dim // 6)
+    axes = [(head_dim - 2 * side, torch.arange(start, start + frames)), (side, torch.arange(rows)),
+            (side, torch.arange(columns))]
+    t, h, w = (torch.outer(p.double(), 10000 ** (-torch.arange(0, d, 2).double() / d)) for d, p in axes)
+    grid = (frames, rows, columns, -1)
+    angle = torch.cat([t[:, None, None].expand(grid), h[:, None].expand(grid), w.expand(grid)], -1)
+    return torch.stack([angle.cos(), angle.sin()]).float().flatten(2, 3).unsqueeze(3).to(device)
+
+
+def rotate(x, rope):
+    """x [B, F, S, N, D]; neighbours (x[2i], x[2i+1]) are a complex number."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def sinusoid(t, dim: int):
+    """fp64 inside: in bf16 t = 998.4 would be 1000."""
+    w = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double().unsqueeze(-1) * w
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+# ----------------------------------------------------------------------------------------------------
+# the transformer; attribute names are the official checkpoints' keys
+
+class Linear(nn.Linear):
+    """A product in `compute`, whatever the weights are stored in."""
+
+    def __init__(self, inputs: int, outputs: int, dtype, compute):
+        super().__init__(inputs, outputs, dtype=dtype)
+        self.compute = compute
+
+    def forward(self, x):
+        return F.linear(x.to(self.compute), self.weight.to(self.compute), self.bias.to(self.compute))
+
+
+class RMSNorm(nn.Module):
+    """Over all heads together, in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, linear):
+        super().__init__()
+        self.heads = c.num_heads
+        self.q, self.k, self.v, self.o = (linear(c.dim, c.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+
+    def queries(self, x):
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def keys(self, x):
+        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1))
+
+    def values(self, x):
+        return self.v(x).unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, linear):
+        super().__init__()
+        self.self_attn, self.cross_attn = Attention(c, linear), Attention(c, linear)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)
+        self.ffn = nn.Sequential(linear(c.dim, c.ffn_dim), nn.GELU("tanh"), linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.eps = c.eps
+
+    def forward(self, x, e, rope, attend, context, text_kv=None):
+        """x [B, F, S, dim], e [B, F, 6, dim], fp32; attend(q, k, v) is all that masks and cache change."""
+        y = attend(*self.before(x, e, rope))
+        return self.after(x, y.view(x.shape), e, *(text_kv or self.text_kv(context)))
+
+    def before(self, x, e, rope):
+        shift, scale = (self.modulation + e)[:, :, :2].split(1, dim=2)                     # [B, F, 1, dim]
+        a = norm(x, self.eps) * (1 + scale) + shift
+        q, k, v = self.self_attn.queries(a), self.self_attn.keys(a), self.self_attn.values(a)
+        return [z.to(v.dtype).flatten(1, 2) for z in (rotate(q, rope), rotate(k, rope), v)]  # [B, L, N, D]
+
+    def after(self, x, y, e, text_k, text_v):
+        gate, shift, scale, gate_ffn = (self.modulation + e)[:, :, 2:].split(1, dim=2)
+        x = x + gate * self.self_attn.o(y)
+        q = self.cross_attn.queries(self.norm3(x).flatten(1, 2)).to(text_v.dtype)
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, text_k, text_v)))
+        x = x + self.cross_attn.o(y.transpose(1, 2).reshape(x.shape))
+        return x + gate_ffn * self.ffn(norm(x, self.eps) * (1 + scale) + shift)
+
+    def text_kv(self, context):  # [B, text_len, dim] -> two [B, text_len, N, D]
+        v = self.cross_attn.values(context)
+        return self.cross_attn.keys(context).to(v.dtype), v
+
+
+def norm(x, eps):
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+class Head(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head = nn.Linear(c.dim, c.out_dim * PATCH**2)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+        self.eps = c.eps
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e.unsqueeze(2)).split(1, dim=2)                  # [B, F, 1, dim]
+        return self.head(norm(x, self.eps) * (1 + scale) + shift)
+
+
+class WanModel(nn.Module):
+    def __init__(self, config: Config, dtype=torch.float32, compute=None):
+        super().__init__()
+        self.config, self.compute = config, compute or dtype
+        self.checkpointing = False  # recompute each block in the backward pass, keep no activations
+        c, linear = config, functools.partial(Linear, dtype=dtype, compute=self.compute)
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH), dtype=dtype)
+        self.text_embedding = nn.Sequential(linear(c.text_dim, c.dim), nn.GELU("tanh"), linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c, linear) for _ in range(c.num_layers))
+        self.head = Head(c)
+
+    def forward(self, x, t, text, chunk=3, clean=None, cache=None, start=0):
+        """x [B, F, C, H, W], t [B, F], text [B, n, text_dim] (zero rows are padding) -> v like x, in fp32.
+
+        chunk   3: block-causal in chunks of 3 frames; (1, 3, 3): of these sizes; None: bidirectional.
+        clean   teacher forcing: each chunk of x sees itself and the *clean* frames of the chunks before it;
+                clean is like x (only what somebody sees of it is computed), at t = 0 and the same positions.
+        cache   from new_cache(): x is frames start..start+F of a longer video. Their keys and values are
+                written, and they see everything before them. Calling again at the same start overwrites.
+                There is no gradient.
+        """
+        batch, frames, channels, height, width = x.shape
+        sizes, per_frame = chunk_sizes(frames, chunk), height * width // PATCH**2
+        self.check(x, t, text)
+        assert clean is None or (cache is None and clean.shape == x.shape), "clean is like x, without a cache"
+        assert start == 0 or cache is not None, "start counts from the cache's first frame"
+        if clean is not None:
+            clean = clean[:, :frames - sizes[-1]]
+            x, t = torch.cat([clean.to(x.dtype), x], 1), F.pad(t, (clean.shape[1], 0))
+            layout = teacher_layout(sizes, per_frame)
+        else:
+            layout = causal_layout(sizes, per_frame, start)
+        grid, head_dim = (height // PATCH, width // PATCH, x.device), self.config.dim // self.config.num_heads
+        rope = rope_table(head_dim, start, frames, *grid)
+        if clean is not None:
+            rope = torch.cat([rope[:, :clean.shape[1]], rope], 1)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            e = self.time_embedding(sinusoid(t, self.config.freq_dim))                     # [B, F, dim]
+            e0 = self.time_projection(e).unflatten(-1, (6, -1))                            # [B, F, 6, dim]
+            h = self.patchify(x)                                                           # [B, F, S, dim]
+            if cache is None:
+                h = self.parallel_blocks(h, e0, rope, layout, text)
+            else:
+                h = self.cached_blocks(h, e0, rope, layout, text, cache, start)
+            h, e = h[:, -frames:], e[:, -frames:]  # teacher forcing: the clean half has no output
+            return self.unpatchify(self.head(h, e), height, width)
+
+    def check(self, x, t, text):
+        batch, frames, channels, height, width = x.shape
+        if channels != self.config.in_dim or height % PATCH or width % PATCH:
+            raise ValueError(f"latents are {tuple(x.shape)}; this model takes [B, F, {self.config.in_dim}, "
+                             f"H, W], H and W multiples of {PATCH}")
+        if t.shape != (batch, frames) or t.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; it must be ({batch}, {frames}) and float32, "
+                             "one noise level a frame (bfloat16 would round 998.4 to 1000)")
+        longest, text_dim = self.config.text_len, self.config.text_dim
+        if text.shape[0] != batch or text.shape[1] > longest or text.shape[2] != text_dim:
+            raise ValueError(f"text is {tuple(text.shape)}, must be ({batch}, at most {longest}, {text_dim})")
+
+    def parallel_blocks(self, h, e0, rope, layout, text):
+        mask = block_mask(layout, h.device) if h.is_cuda and len(layout) > 1 else None
+        attend, context = functools.partial(attention, layout=layout, mask=mask), self.context(text)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, e0, rope, attend, context, use_reentrant=False)
+            else:
+                h = block(h, e0, rope, attend, context)
+        return h
+
+    def cached_blocks(self, h, e0, rope, layout, text, cache, start):
+        cache.claim(start, h.shape)
+        if not cache.holds_text(text):
+            context = self.context(text)
+            for i, block in enumerate(self.blocks):
+                cache.text_k[i], cache.text_v[i] = block.text_kv(context)
+        for i, block in enumerate(self.blocks):
+            attend = functools.partial(cache.attend, i, layout)
+            h = block(h, e0, rope, attend, None, (cache.text_k[i], cache.text_v[i]))
+        return h
+
+    def patchify(self, x):
+        """The patch embedding, a convolution with stride = kernel, is a product over a patch's (c, y, x)."""
+        x = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))                  # [B, F, C, h, p, w, p]
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3).to(self.compute)  # [B, F, S, C p p]
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        return F.linear(x, weight.flatten(1).to(self.compute), bias.to(self.compute)).float()
+
+    def unpatchify(self, x, height, width):  # a token's outputs are (y, x, c), unlike its inputs
+        x = x.unflatten(-1, (PATCH, PATCH, -1)).unflatten(2, (height // PATCH, -1))  # [B, F, h, w, p, p, C]
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def context(self, text):
+        """Padding rows are embedded and attended like words: that is how Wan was trained."""
+        return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])))
+
+    def new_cache(self, batch: int, frames: int, height: int, width: int) -> "Cache":
+        return Cache(self, batch, frames, height, width)
+
+    def compile_blocks(self):
+        """Compile what surrounds the attention call: its shapes do not depend on how long the past is."""
+        for block in self.blocks:
+            block.before = torch.compile(block.before, dynamic=False)
+            block.after = torch.compile(block.after, dynamic=False)
+
+    @torch.no_grad()
+    def init_weights(self, *names):
+        """Fresh weights as a function of names; the head starts at zero, so the first prediction is v = 0."""
+        generator = common.rng(*names)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / fan_in**0.5)
+                module.bias.zero_()
+            elif isinstance(module, (Block, Head)):
+                modulation = torch.randn(module.modulation.shape, generator=generator)
+                module.modulation.copy_(modulation / self.config.dim**0.5)
+        self.head.head.weight.zero_()
+        return self
+
+
+class Cache:
+    """Keys (after RoPE) and values of the frames seen so far, and those of the prompt. All state is here."""
+
+    def __init__(self, model: WanModel, batch: int, frames: int, height: int, width: int):
+        c, device = model.config, model.head.modulation.device
+        self.frames, self.per_frame, self.filled, self.text = frames, height * width // PATCH**2, 0, None
+        heads = (c.num_heads, c.dim // c.num_heads)
+        self.k, self.v = torch.empty(2, c.num_layers, batch, frames * self.per_frame, *heads,
+                                     dtype=model.compute, device=device)
+        self.text_k, self.text_v = torch.empty(2, c.num_layers, batch, c.text_len, *heads,
+                                               dtype=model.compute, device=device)
+
+    def claim(self, start: int, shape):
+        """Frames start.. are about to be written; what was cached after them has lost its ground."""
+        batch, frames, per_frame = shape[:3]
+        if batch != self.k.shape[1] or per_frame != self.per_frame:
+            raise ValueError(f"the cache is for batch {self.k.shape[1]} and {self.per_frame} tokens a frame, "
+                             f"got {batch} and {per_frame}")
+        if start + frames > self.frames:
+            raise ValueError(f"frames {start}..{start + frames - 1} exceed the cache's {self.frames}; slide "
+                             "the window, or make a larger cache")
+        if start > self.filled:
+            raise ValueError(f"frames {start}.. need all before them, but only {self.filled} are cached")
+        self.filled = start + frames
+
+    def holds_text(self, text) -> bool:
+        """The same tensor, unchanged? (Comparing values would make the GPU wait at every step.)"""
+        before, self.text = self.text, (text, None if text.is_inference() else text._version)
+        return before is not None and before[0] is text and before[1] == self.text[1]
+
+    def attend(self, layer: int, layout, q, k, v):
+        first, last = layout[0][0], layout[-1][1]
+        self.k[layer, :, first:last], self.v[layer, :, first:last] = k, v
+        return attention(q, self.k[layer, :, :last], self.v[layer, :, :last], layout)
+
+
+# ----------------------------------------------------------------------------------------------------
+# checkpoints
+
+def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
+    """A model from a Wan, diffusers or model_k directory, a .safetensors file, or a Self-Forcing style .pt.
+    Products' weights are stored in dtype and run in compute (default: dtype); the rest is fp32."""
+    weights, config = read_checkpoint(path)
+    with torch.device("meta"):
+        model = WanModel(config, dtype, compute)
+    return common.fill(model, weights, device, str(path))
+
+
+def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
+    path = Path(path)
+    if path.is_dir():
+        for folder in (path, path / "transformer"):
+            if files := common.weight_files(folder, "diffusion_pytorch_model"):
+                break
+        else:
+            raise UserError(f"{path} holds no diffusion_pytorch_model.safetensors (or its .index.json), "
+                            "neither itself nor in transformer/")
+    else:
+        folder, files = path.parent, [path]
+    weights, metadata = common.open_weights(*files)
+    weights = official_names(weights.get("generator_ema") or weights.get("generator") or weights)
+    found = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    found = metadata.get("config") or found
+    refuse_other_models(path, weights, found)
+    return weights, infer_config(path, weights, found)
+
+
+def official_names(weights: dict) -> dict:
+    """Wrappers' prefixes off; diffusers' names to Wan's."""
+    renamed = {}
+    for key, value in weights.items():
+        key = re.sub(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.", "", key)
+        key = re.sub(r"^model\.(diffusion_model\.)?", "", key)
+        renamed[key] = value
+    if any(".attn1." in key for key in renamed):
+        renamed = {rename_diffusers(key): value for key, value in renamed.items()}
+    return renamed
+
+
+def rename_diffusers(key: str) -> str:
+    if key.startswith("blocks."):
+        for theirs, ours in ((".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_out.0.", ".o."),
+                             (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".norm2.", ".norm3."),
+                             (".ffn.net.0.proj.", ".ffn.0."), (".ffn.net.2.", ".ffn.2."),
+                             (".scale_shift_table", ".modulation")):
+            key = key.replace(theirs, ours)
+        return key
+    for theirs, ours in (("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
+                         ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
+                         ("condition_embedder.time_proj.", "time_projection.1."),
+                         ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
+                         ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
+                         ("scale_shift_table", "head.modulation"), ("proj_out.", "head.head.")):
+        key = key.replace(theirs, ours)
+    return key
+
+
+def refuse_other_models(path, weights: dict, found: dict):
+    """Wan's relatives hold the same blocks and more; they would need inputs that this model does not have."""
+    def has(*names):
+        return any(name in key for key in weights for name in names)
+
+    patch = weights.get("patch_embedding.weight")
+    kind = ("VACE" if has("vace_") or found.get("model_type") == "vace" else
+            "FLF2V (first and last frame to video)" if has("img_emb.emb_pos", "image_embedder.pos_embed")
+            or found.get("model_type") == "flf2v" else
+            "I2V (image to video)" if has("img_emb.", "image_embedder.", "k_img.", "add_k_proj")
+            or found.get("model_type") == "i2v" or (patch and patch.shape[1] == 36) else None)
+    if kind:
+        raise UserError(f"{path} is a {kind} checkpoint; only text-to-video (Wan2.1-T2V) loads here")
+
+
+def infer_config(path, weights: dict, found: dict) -> Config:
+    """Sizes from config.json, in Wan's or diffusers' words; what it leaves out, from the tensors' shapes."""
+    def shape(name):
+        if name not in weights:
+            raise UserError(f"{path} is not a Wan transformer: it has no {name}")
+        return weights[name].shape
+
+    dim, in_dim = shape("patch_embedding.weight")[:2]
+    layers = [int(key.split(".")[1]) for key in weights if key.startswith("blocks.")]
+    sizes = {"dim": dim, "in_dim": in_dim, "out_dim": shape("head.head.weight")[0] // PATCH**2,
+             "ffn_dim": shape("blocks.0.ffn.0.weight")[0], "num_layers": max(layers) + 1,
+             "freq_dim": shape("time_embedding.0.weight")[1], "text_dim": shape("text_embedding.0.weight")[1]}
+    theirs = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
+    found = {theirs.get(key, key): value for key, value in found.items()}
+    if "attention_head_dim" in found:
+        found["dim"] = found["num_heads"] * found["attention_head_dim"]
+    sizes |= {f.name: found[f.name] for f in fields(Config) if f.name in found}
+    if "num_heads" not in sizes:
+        if dim % 128:
+            raise UserError(f"{path}: no config.json says how many heads a width of {dim} has")
+        sizes["num_heads"] = dim // 128  # every published Wan
+    return Config(**sizes)
+
+
+def save(model: WanModel, folder, weights: dict | None = None, **extra):
+    """An official-layout directory. weights: instead of the model's own (EMA, gathered shards).
+    extra: what else config.json is to say."""
+    folder, config = Path(folder), asdict(model.config)
+    weights = weights or model.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    del config["text_dim"]  # official files leave it to the weights
+    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"} | config | extra
+    common.save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, config=config)
+    common.write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------
+# python model.py PATH
+
+@torch.no_grad()
+def check_causal(model: WanModel):
+    """On noise: no frame may feel a later chunk, every later one must, and the cache must agree."""
+    c, device = model.config, model.head.modulation.device
+    x, text = (torch.randn(shape, generator=common.rng("check", i)).to(device)
+               for i, shape in enumerate([(1, 9, c.in_dim, 8, 8), (1, 4, c.text_dim)]))
+    t = torch.tensor([[900.0] * 3 + [500.0] * 3 + [100.0] * 3], device=device)
+    v = model(x, t, text)
+    for chunk in range(3):
+        first, after = 3 * chunk, 3 * chunk + 3
+        other = x.clone()
+        other[:, first:after] += 1
+        moved = model(other, t, text)
+        if not torch.equal(moved[:, :first], v[:, :first]):
+            raise UserError(f"not causal: a change in chunk {chunk} reaches earlier frames")
+        if any(torch.equal(moved[:, f], v[:, f]) for f in range(first, 9)):
+            raise UserError(f"a change in chunk {chunk} does not reach all frames from there on")
+    cache = model.new_cache(1, 9, 8, 8)
+    chunks = zip((0, 3, 6), x.split(3, 1), t.split(3, 1), strict=True)
+    cached = torch.cat([model(xc, tc, text, cache=cache, start=f) for f, xc, tc in chunks], 1)
+    error = ((cached - v).norm() / v.norm()).item()
+    if not error < (1e-4 if model.compute == torch.float32 else 3e-2):
+        raise UserError(f"cached and parallel forwards differ by {error:.1e} (relative)")
+    return error
+
+
+@dataclass
+class Flags:
+    path: str = common.positional()  # a Wan, diffusers or model_k directory, a .safetensors file, or a .pt
+    device: str = "cpu"  # where to check it
+    dtype: str = "float32"  # of the matrix products
+
+
+def main(flags: Flags):
+    weights, c = read_checkpoint(flags.path)
+    published = {(1536, 30): "Wan2.1-T2V-1.3B", (5120, 40): "Wan2.1-T2V-14B"}
+    parameters = sum(math.prod(w.shape) for w in weights.values())
+    stored = sorted({str(w.read().dtype).removeprefix("torch.") for w in weights.values()})
+    print(f"{published.get((c.dim, c.num_layers), 'a Wan of another size')}: {parameters:,} parameters in "
+          f"{len(weights)} tensors, stored as {', '.join(stored)}")
+    print(", ".join(f"{key} {value}" for key, value in asdict(c).items()))
+    model = load(flags.path, flags.device, getattr(torch, flags.dtype))
+    error = check_causal(model)
+    print(f"causal: yes; cached and parallel forwards agree to {error:.1e} ({flags.dtype}, {flags.device})")
+
+
+if __name__ == "__main__":
+    common.run(main, Flags, __doc__)
