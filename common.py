@@ -42,7 +42,8 @@ def parse_args(config: type, doc: str, argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
     comments, hints = field_comments(config), typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        kind, options = hints[field.name], {"help": comments.get(field.name, " ").replace("%", "%%")}
+        assert comments.get(field.name), f"{field.name} needs a comment, which is the flag's help"
+        kind, options = hints[field.name], {"help": comments[field.name].replace("%", "%%")}
         if isinstance(kind, types.UnionType):  # X | None
             kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         if typing.get_origin(kind) is typing.Literal:

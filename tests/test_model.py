@@ -55,8 +55,9 @@ def diffusers_peer(config):
     peer = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=config.num_heads, in_channels=config.in_dim,
         attention_head_dim=config.dim // config.num_heads, out_channels=config.out_dim,
-        text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps).eval()
+        text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        eps=config.eps).eval()
     for p in peer.parameters():
         p.data += torch.randn_like(p) * 0.02
     return peer
@@ -192,6 +193,15 @@ def test_block_mask_is_the_dense_mask(sizes, per_frame, teacher):
                     rebuilt[rows, columns][:part.shape[0], :part.shape[1]] = part
     assert torch.equal(rebuilt[:length, :length], mask)
     assert not rebuilt[:, length:].any(), "a key beyond the end is seen"
+
+
+@pytest.mark.slow  # a C++ compilation a shape
+@pytest.mark.parametrize("sizes,per_frame,teacher", [((3, 3, 3, 3), 61, False), ((1, 3, 3), 47, True)])
+def test_flex_attention_reads_the_block_mask(sizes, per_frame, teacher):
+    layout, _ = layout_and_mask(sizes, per_frame, teacher)
+    q, k, v = torch.randn(3, 2, layout[-1][1], 2, 64, generator=torch.Generator().manual_seed(0))
+    flexed = model.attention(q, k, v, layout, model.block_mask(layout, q.device))
+    assert relative(flexed, model.attention(q, k, v, layout)) < 1e-5
 
 
 def test_block_mask_is_as_sparse_as_it_can_be():

@@ -1,0 +1,115 @@
+"""Flags, seeds and files."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import common
+
+
+@dataclass
+class Flags:
+    videos: tuple[str, ...] = common.positional()  # folders of videos
+    out: str  # where to
+    lr: float = 4e-6  # step size, not 100%
+    # one of two
+    mode: Literal["df", "tf"] = "df"  # objectives
+    compile: bool = True  # compile the blocks
+    init: str | None = None  # a model directory
+    chunks: tuple[int, ...] = (3, 3)  # sizes
+
+
+def parse(*argv):
+    return common.parse_args(Flags, "What it does.\n\n    python it.py --out x", list(argv))
+
+
+def test_flags():
+    assert parse("a", "b", "--out", "o") == Flags(("a", "b"), "o")
+    given = "a --out o --lr 3e-4 --no-compile --mode tf --init m --chunks 1 3"
+    assert parse(*given.split()) == Flags(("a",), "o", 3e-4, "tf", False, "m", (1, 3))
+
+
+@pytest.mark.parametrize("given,message", [
+    ("", "required"), ("a --out o --learning-rate 1", "unrecognized arguments: --learning-rate"),
+    ("a --out o --mode xx", "invalid choice: 'xx'"), ("a --out o --lr fast", "'fast'"),
+    ("a --out o --mod tf", "unrecognized")])
+def test_wrong_flags_are_refused(given, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*given.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("What it does. python it.py --out x", "folders of videos", "--no-compile",
+                  "step size, not 100% (default: 4e-06)", "one of two objectives (default: df)",
+                  "a model directory", "sizes (default: (3, 3))"):
+        assert words in text, words
+    assert "default: None" not in text
+
+
+SCRIPT = """
+import sys, common
+from dataclasses import dataclass
+@dataclass
+class Flags:
+    what: str = "error"  # what to do
+def main(flags):
+    if flags.what == "error":
+        raise common.UserError("7 is not a multiple of 4; use 8")
+    ranks = common.start_ranks("cpu")
+    common.print0(f"rank {ranks.rank} of {ranks.world} on {ranks.device}")
+common.run(main, Flags, "a script")
+"""
+
+
+def test_an_error_is_a_line_and_one_process_is_a_group(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def python(*args):
+        env = {**os.environ, "PYTHONPATH": os.getcwd()}
+        done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
+        return done.returncode, done.stdout, done.stderr
+    assert python(script) == (1, "", "script.py: 7 is not a multiple of 4; use 8\n")
+    assert python(script, "--what", "start")[:2] == (0, "rank 0 of 1 on cpu\n")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert python(*torchrun, script, "--what", "start")[:2] == (0, "rank 0 of 2 on cpu\n")
+
+
+def test_seeds_are_functions_of_names():
+    def draw(*names):
+        return torch.randn(4, generator=common.rng(*names)).tolist()
+    assert draw(0, "noise", "clip", 3) == draw(0, "noise", "clip", 3)
+    others = [draw(1, "noise", "clip", 3), draw(0, "noise", "clip", 4), draw(0, "noise", "cli", "p", 3)]
+    assert all(other != draw(0, "noise", "clip", 3) for other in others)
+    assert common.seed_of(0, "noise", "clip", 3) == 4976886686001815956  # the same everywhere
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    common.write_text(path, "old")
+    with pytest.raises(RuntimeError), common.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("mask,mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_file_modes_follow_the_umask(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        common.save_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2).expand(3, 2)}, note="\u00e9")
+    finally:
+        os.umask(before)
+    assert os.stat(tmp_path / "t.safetensors").st_mode & 0o777 == mode
+    with safe_open(tmp_path / "t.safetensors", "pt") as f:
+        assert f.metadata() == {"note": '"\u00e9"'} and f.get_tensor("x").shape == (3, 2)
