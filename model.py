@@ -250,6 +250,11 @@ class Head(nn.Module):
         return self.head(norm(x, self.eps) * (1 + scale) + shift)
 
 
+def pad_text(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Embeddings [n, text_dim] of any lengths -> [B, longest, text_dim], as the model takes them."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 class WanModel(nn.Module):
     def __init__(self, config: Config, dtype=torch.float32, compute=None):
         super().__init__()

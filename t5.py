@@ -1,0 +1,260 @@
+"""umT5, the text encoder of Wan2.1: the network, its tokenizer, and the loader of both.
+
+Shapes: B batch, L tokens, N heads, D head dim. Attributes are named as in the published .pth.
+"""
+
+import html
+import math
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+from torch import nn
+
+from common import UserError, fill, first_line, open_weights, save_tensors, weight_files
+
+MAX_TOKENS = 512  # as Wan was trained, the closing eos included
+MAX_DISTANCE = 128  # tokens this far apart, or further, share the last position bucket
+BATCH_TOKENS = 8192  # of one forward on a GPU
+DOWNLOAD = "comes with Wan2.1: https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
+
+
+# ----------------------------------------------------------------------------------------------------
+# the network
+
+class PositionBias(nn.Module):
+    """What each head adds to a score for the distance from query to key."""
+
+    def __init__(self, buckets, heads):
+        super().__init__()
+        self.embedding = nn.Embedding(buckets, heads)
+
+    def forward(self, buckets):  # [2L-1], of the distances 1-L .. L-1
+        table = self.embedding(buckets).T  # [N, 2L-1]
+        rows = table.unfold(1, (len(buckets) + 1) // 2, 1)  # [N, L, L]; row i starts at distance i - (L-1)
+        return rows.flip(1)[None]  # [1, N, L, L]; row q, the query, starts at distance -q
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, dim_attn, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
+        self.o = nn.Linear(dim_attn, dim, bias=False)
+
+    def forward(self, x, bias):  # [B, L, dim]
+        qkv = [f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        # T5 does not divide by sqrt(D). SDPA's scores and softmax are fp32 for bf16 inputs too, and it makes
+        # no [B, N, L, L] copies: at 512 tokens 3x faster than an explicit softmax, and in bf16 closer to fp32
+        x = F.scaled_dot_product_attention(*qkv, attn_mask=bias, scale=1.0)  # [B, N, L, D]
+        return self.o(x.transpose(1, 2).flatten(2))
+
+
+class FFN(nn.Module):
+    def __init__(self, dim, dim_ffn):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(dim, dim_ffn, bias=False)
+        self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, dim_attn, dim_ffn, heads, buckets):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6)  # works in fp32 inside, whatever its input
+        self.attn = Attention(dim, dim_attn, heads)
+        self.pos_embedding = PositionBias(buckets, heads)  # unlike in T5, every layer has its own
+        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.ffn = FFN(dim, dim_ffn)
+
+    def forward(self, x, buckets, padding):
+        bias = self.pos_embedding(buckets)
+        if padding is not None:
+            bias = bias.masked_fill(padding, torch.finfo(bias.dtype).min)  # [B, N, L, L]
+        x = x + self.attn(self.norm1(x), bias)
+        return x + self.ffn(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """The encoder half of umT5; the default sizes are Wan's umT5-XXL."""
+
+    def __init__(self, vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, heads=64, layers=24, buckets=32):
+        super().__init__()
+        self.buckets = buckets
+        self.token_embedding = nn.Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(Block(dim, dim_attn, dim_ffn, heads, buckets) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ids [B, L] -> [B, L, dim]; mask [B, L] is 0 at padding, which then is not attended to."""
+        length = ids.shape[1]
+        buckets = distance_buckets(torch.arange(1 - length, length), self.buckets).to(ids.device)
+        padding = None if mask is None else (mask == 0)[:, None, None]  # [B, 1, 1, L]
+        x = self.token_embedding(ids)
+        for block in self.blocks:
+            x = block(x, buckets, padding)
+        return self.norm(x)
+
+
+def distance_buckets(distance: torch.Tensor, buckets: int) -> torch.Tensor:
+    """key - query -> its row in the bias table: one for each step near by, log-spaced further off."""
+    side, near = buckets // 2, buckets // 4
+    n = distance.abs()
+    # log2 in fp64 is exact at powers of two, which are bucket boundaries
+    fraction = (n.double().clamp(min=near) / near).log2() / math.log2(MAX_DISTANCE / near)
+    far = (near + (fraction * (side - near)).long()).clamp(max=side - 1)
+    return torch.where(n < near, n, far) + side * (distance > 0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the tokenizer
+
+# full-width forms, ligatures -> their plain letters; curly quotes -> straight; control characters -> nothing
+TIDY = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFEF))}
+TIDY |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+TIDY |= dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF, *range(0xFFF9, 0xFFFD)))
+
+
+def clean(prompt: str) -> str:
+    """Wan's cleaning: ftfy, entities unescaped twice, whitespace runs to one space.
+
+    Of ftfy it does what TIDY says, NFC, and mends surrogates. It does not repair mojibake (text decoded
+    with a wrong charset), strip terminal escapes, or unescape entities more than twice."""
+    text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = html.unescape(html.unescape(text)).translate(TIDY)
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def token_ids(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
+    return tokenizer.encode(clean(prompt))[:MAX_TOKENS - 1] + [tokenizer.eos_id()]
+
+
+def load_tokenizer(path) -> SentencePieceProcessor:
+    """The sentencepiece model beside the weights at path."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    places = "google/umt5-xxl", "tokenizer", ".", "../tokenizer"
+    tried = [folder / place / "spiece.model" for place in places]
+    file = next((file for file in tried if file.is_file()), None)
+    if file is None:
+        raise UserError(f"no tokenizer for {path}: tried {', '.join(map(str, tried))}\n"
+                        f"google/umt5-xxl/spiece.model {DOWNLOAD}")
+    try:
+        tokenizer = SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{file} is not a sentencepiece model: {first_line(error)}") from None
+    if (tokenizer.pad_id(), tokenizer.eos_id()) != (0, 1):
+        raise UserError(f"{file} has pad id {tokenizer.pad_id()} and eos id {tokenizer.eos_id()}, umT5's has "
+                        f"0 and 1; that one {DOWNLOAD}")
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------
+# both together
+
+class TextEncoder(NamedTuple):
+    encoder: Encoder
+    tokenizer: SentencePieceProcessor
+
+    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+        """An unpadded [n_tokens, text_dim] tensor for each prompt; equal prompts are computed once."""
+        assert not isinstance(prompts, str), "encode takes a list of prompts"
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError(f"prompt {i} is not a str but {type(prompt).__name__}: {prompt!r:.80}")
+        ids = [tuple(token_ids(self.tokenizer, prompt)) for prompt in prompts]
+        by_length = defaultdict(list)  # equal lengths need no padding
+        for distinct in dict.fromkeys(ids):
+            by_length[len(distinct)].append(distinct)
+        device, rows = self.encoder.norm.weight.device, {}
+        with torch.inference_mode():
+            for length, group in by_length.items():
+                # on a CPU the rounding of a matmul depends on its number of rows, and an embedding must
+                # not depend on what else was asked for: one prompt at a time there
+                size = 1 if device.type == "cpu" else BATCH_TOKENS // length
+                for batch in torch.tensor(group).split(size):
+                    rows |= zip(map(tuple, batch.tolist()), self.encoder(batch.to(device)), strict=True)
+        return [rows[key].clone() for key in ids]  # tensors that autograd accepts, each its own memory
+
+
+def load(path, device="cpu", dtype=torch.float32) -> TextEncoder:
+    """From a Wan or diffusers directory, a text_encoder/ folder, or a file of weights."""
+    tokenizer = load_tokenizer(path)
+    encoder = load_encoder(path, device, dtype)
+    pieces, rows = tokenizer.vocab_size(), encoder.token_embedding.num_embeddings
+    if pieces > rows:
+        raise UserError(f"{path}: the tokenizer has {pieces} pieces, the encoder an embedding for {rows}")
+    return TextEncoder(encoder, tokenizer)
+
+
+def load_encoder(path, device="cpu", dtype=torch.float32) -> Encoder:
+    """The network alone, frozen. On a CPU, weights of this dtype are not read but memory-mapped."""
+    if dtype == torch.float16:
+        raise UserError("umT5 overflows in float16: use bfloat16 or float32")
+    files = find_weights(path)
+    weights = official_names(open_weights(*files)[0])
+    try:
+        sizes = sizes_of(weights)
+    except KeyError as error:
+        raise UserError(f"{files[0]} holds no umT5 encoder: it lacks {error}") from None
+    with torch.device("meta"):
+        encoder = Encoder(**sizes).to(dtype)
+    return fill(encoder, weights, device, str(files[0])).requires_grad_(False)
+
+
+def save(encoder: Encoder, path):
+    """Writes safetensors under the official names."""
+    save_tensors(path, encoder.state_dict())
+
+
+def find_weights(path) -> list[Path]:
+    path = Path(path)
+    for file in path, path / "models_t5_umt5-xxl-enc-bf16.pth", path / "t5.safetensors":
+        if file.is_file():
+            return [file]
+    if files := weight_files(path / "text_encoder", "model") or weight_files(path, "model"):
+        return files
+    raise UserError(f"no text encoder at {path}: no file, and no folder with t5.safetensors, text_encoder/,\n"
+                    f"model.safetensors or models_t5_umt5-xxl-enc-bf16.pth, which {DOWNLOAD}")
+
+
+HF_NAMES = {
+    "shared.": "token_embedding.",  # one table, stored under either name or both
+    "encoder.embed_tokens.": "token_embedding.",
+    "encoder.final_layer_norm.": "norm.",
+    "encoder.block.": "blocks.",
+    "layer.0.layer_norm.": "norm1.",
+    "layer.0.SelfAttention.relative_attention_bias.": "pos_embedding.embedding.",
+    "layer.0.SelfAttention.": "attn.",
+    "layer.1.layer_norm.": "norm2.",
+    "layer.1.DenseReluDense.wi_0.": "ffn.gate.0.",
+    "layer.1.DenseReluDense.wi_1.": "ffn.fc1.",
+    "layer.1.DenseReluDense.wo.": "ffn.fc2.",
+}
+
+
+def official_names(weights: dict) -> dict:
+    """HF's names -> Wan's. Of a full umT5 the decoder half is left out: Wan has no use for it."""
+    renamed = {}
+    for name, stored in weights.items():
+        if not name.startswith(("decoder.", "lm_head.")):
+            for hf, wan in HF_NAMES.items():
+                name = name.replace(hf, wan)
+            renamed[name] = stored
+    return renamed
+
+
+def sizes_of(weights: dict) -> dict[str, int]:
+    """Encoder's arguments, read off the shapes."""
+    vocab, dim = weights["token_embedding.weight"].shape
+    buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
+    return {"vocab": vocab, "dim": dim, "heads": heads, "buckets": buckets,
+            "dim_attn": weights["blocks.0.attn.q.weight"].shape[0],
+            "dim_ffn": weights["blocks.0.ffn.fc1.weight"].shape[0],
+            "layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))}

@@ -1,0 +1,297 @@
+"""Schedules and solvers against known answers and diffusers; generation against forwards without a cache."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+import diffusion
+import model
+import vae as wan_vae
+
+CONFIG = model.Config(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8,
+                      text_len=6)
+SHAPE = (4, 4, 6)  # a latent frame
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def net():
+    net = model.WanModel(CONFIG).init_weights("sampler").eval()
+    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return wan_vae.WanVAE(8, (1, 1), 1, z_dim=4, temporal=(True,)).requires_grad_(False)
+
+
+def prompts(batch, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(2 + i % 3, 8, generator=g) for i in range(batch)]
+
+
+NULL = torch.ones(1, 8) / 3
+
+
+def run(net, batch=2, **kwargs):
+    options = dict(shape=SHAPE, frames=9, steps=3, reentry="as-is", null=NULL) | kwargs
+    return diffusion.generate(net, options.pop("text", None) or prompts(batch), **options)
+
+
+# ------------------------------------------------------------------------------------------ flow and solvers
+
+def test_flow_matching_identities():
+    x0, noise = torch.randn(2, 2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([[0.0, 250.0, 1000.0], [500.0, 999.9, 1.0]])
+    x = diffusion.add_noise(x0, noise, t)
+    assert torch.equal(x[0, 0], x0[0, 0]) and torch.equal(x[0, 2], noise[0, 2])
+    assert torch.allclose(x[0, 1], 0.75 * x0[0, 1] + 0.25 * noise[0, 1])
+    assert torch.allclose(diffusion.x0_from_v(x, diffusion.velocity(x0, noise), t), x0, atol=1e-6)
+
+
+def test_grid_of_the_paper():
+    expected = [1, .9935, .9863, .9784, .9697, .9600, .9492, .9369, .9231, .9072, .8889, .8675, .8421, .8116,
+                .7742, .7273, .6667, .5854, .4706, .2963, 0]
+    assert diffusion.sigma_grid(20, 8) == pytest.approx(expected, abs=5e-5)
+    assert diffusion.shifted(0.8, 8) == pytest.approx(0.970, abs=5e-4)
+
+
+def solve(name, sigmas):
+    """dx/dsigma = v for data N(0, 0.5^2): x0 and the whole path are known. The relative error at the end."""
+    def spread(s):
+        return ((1 - s) ** 2 * 0.25 + s**2) ** 0.5
+    step, x = diffusion.SOLVERS[name](sigmas), torch.tensor([spread(sigmas[0])], dtype=torch.float64)
+    for i, s in enumerate(sigmas[:-1]):
+        x0 = (1 - s) * 0.25 / spread(s) ** 2 * x
+        x = step(i, x, (x - x0) / s)
+    return abs(x.item() / spread(sigmas[-1]) - 1)
+
+
+@pytest.mark.parametrize("name,order", [("euler", 1), ("unipc", 2)])
+def test_solvers_have_their_order(name, order):
+    errors = [solve(name, torch.linspace(0.9, 0.1, steps + 1).tolist()) for steps in (20, 40, 80)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert 2**order * 0.8 < coarse / fine < 2**order * 1.6, errors
+    assert solve(name, diffusion.sigma_grid(20, 3.0, name)) < 0.2  # ends included
+
+
+@pytest.mark.parametrize("steps,shift", [(5, 1.0), (10, 3.0), (20, 8.0), (50, 5.0)])
+def test_unipc_is_diffusers_unipc(steps, shift):
+    peer = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
+                                   solver_order=2, solver_type="bh2")
+    peer.set_timesteps(steps)
+    sigmas = diffusion.sigma_grid(steps, shift, "unipc")
+    assert peer.sigmas.tolist() == pytest.approx(sigmas, abs=1e-6)
+    g = torch.Generator().manual_seed(0)
+    x = theirs = torch.randn(2, 3, 4, generator=g)
+    w, step = torch.randn(4, 4, generator=g) / 2, diffusion.unipc(sigmas)
+
+    def field(x, sigma):
+        return torch.tanh(x @ w + sigma) + x
+
+    for i in range(steps):
+        x, theirs = (step(i, x, field(x, sigmas[i])),
+                     peer.step(field(theirs, sigmas[i]), peer.timesteps[i], theirs).prev_sample)
+        assert relative(x, theirs) < 1e-5, f"step {i}"
+
+
+# ------------------------------------------------------------------------------------------ guidance
+
+class Linear:
+    """Stands for the transformer: v = x / 2 + text + what is cached, its label included."""
+
+    def __init__(self):
+        self.head = type("H", (), {"modulation": torch.zeros(1)})
+        self.calls = []
+
+    def new_cache(self, batch, frames, height, width):
+        return {}
+
+    def __call__(self, x, t, text, chunk=None, cache=None, start=0):
+        self.calls.append((tuple(x.shape), t.clone(), start, chunk))
+        past = cache[0][0].mean((1, 2, 3, 4)) + cache[0][1].mean(1) / 1000 if start else 0
+        cache[start] = (x, t)
+        told = text.sum((1, 2)) + past
+        return 0.5 * x + told.view(-1, 1, 1, 1, 1) if torch.is_tensor(told) else 0.5 * x
+
+
+@pytest.mark.parametrize("guidance,history,noise", [
+    (1, 0, 0), (6, 0, 0), (3, 0, 0.2), (6, 1.2, 0), (6, 1.2, 0.2), (0, 0.5, 0)])
+def test_guidance_is_its_formula(guidance, history, noise):
+    fake, level = Linear(), 0.8
+    context = torch.randn(1, 3, *SHAPE, generator=torch.Generator().manual_seed(5))
+    text, null = torch.full((2, 8), 0.1), torch.full((1, 8), 0.2)
+    out = diffusion.generate(fake, [text], null, shape=SHAPE, frames=6, steps=1, shift=8.0, guidance=guidance,
+                             context=context, context_noise=noise, history=history, seed=3)
+    # by hand, from the formula: one Euler step from pure noise with the sum of the branches' velocities
+    drawn = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "context", 0, 0))[None]
+    x = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "noise", 0, 3))[None]
+
+    def v(told, sigma):
+        shown = (1 - sigma) * context + sigma * drawn
+        return 0.5 * x + told.sum() + shown.mean() + sigma
+    expected = v(null, noise) + guidance * (v(text, noise) - v(null, noise)) \
+        + history * (v(null, level) - v(null, 1.0))
+    assert torch.allclose(out[:, 3:], x - expected, atol=1e-4)
+    assert torch.equal(out[:, :3], context)
+    assert fake.calls[0][0][0] == {(1, 0): 1, (0, 0.5): 4}.get((guidance, history), 4 if history else 2)
+
+
+def test_history_guidance_is_nothing_without_history(net):
+    plain, guided = (run(net, frames=3, history=h) for h in (0.0, 1.2))
+    assert relative(guided, plain) < 1e-5
+    assert relative(run(net, frames=6, history=1.2)[:, 3:], run(net, frames=6)[:, 3:]) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------ generation
+
+@torch.no_grad()
+def without_cache(net, text, frames, steps, guidance, context=None, seed=0, sizes=None, noise=0.0):
+    """The same video from full forwards over everything so far, one branch and one sample at a time."""
+    sigmas, out = diffusion.sigma_grid(steps, 8.0), []
+    for i, rows in enumerate(text):
+        done = [context[i:i + 1]] if context is not None else []
+        sizes_left = list(sizes)
+        if context is not None:
+            sizes_left = sizes_left[next(n for n in range(9) if sum(sizes[:n]) == context.shape[1]):]
+        for size in sizes_left:
+            at = sum(z.shape[1] for z in done)
+            x = torch.randn(size, *SHAPE, generator=diffusion.rng(seed, "noise", i, at))[None]
+            starts = [sum(sizes[:n]) for n in range(len(sizes)) if sum(sizes[:n]) < at]
+            drawn = [torch.randn(s, *SHAPE, generator=diffusion.rng(seed, "context", i, first))[None]
+                     for first, s in zip(starts, sizes, strict=False)]
+            past = [(1 - noise) * torch.cat(done, 1) + noise * torch.cat(drawn, 1)] if done else []
+            for s, after in itertools.pairwise(sigmas):
+                t = torch.tensor([[1000 * noise] * at + [1000 * s] * size])
+                layout = [n for n in sizes[:len(starts) + 1]]
+                v = [net(torch.cat([*past, x], 1), t, words[None], chunk=tuple(layout))[:, at:]
+                     for words in (rows, NULL)]
+                x = x + (v[1] + guidance * (v[0] - v[1])) * (after - s)
+            done.append(x)
+        out.append(torch.cat(done, 1))
+    return torch.cat(out)
+
+
+def test_cached_generation_is_generation_without_a_cache(net):
+    text = prompts(2)
+    assert relative(run(net, text=text), without_cache(net, text, 9, 3, 6.0, sizes=(3, 3, 3))) < 1e-4
+    context = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    made = run(net, text=text, context=context, guidance=2.5)
+    assert relative(made, without_cache(net, text, 9, 3, 2.5, context, sizes=(3, 3, 3))) < 1e-4
+    assert torch.equal(made[:, :3], context)
+    noisy = run(net, text=text, context=context, context_noise=0.2)
+    assert relative(noisy, without_cache(net, text, 9, 3, 6.0, context, sizes=(3, 3, 3), noise=0.2)) < 1e-4
+    image = context[:, :1]
+    made = run(net, text=text, context=image, frames=7)
+    assert relative(made, without_cache(net, text, 7, 3, 6.0, image, sizes=(1, 3, 3))) < 1e-4
+
+
+def test_a_sample_is_the_same_alone_and_in_any_batch(net):
+    text = prompts(3)
+    for kwargs in ({}, {"history": 1.2}, {"guidance": 1}, {"solver": "unipc", "context_noise": 0.2}):
+        together = run(net, text=text, ids=["a", "b", "c"], **kwargs)
+        turned = run(net, text=text[::-1], ids=["c", "b", "a"], **kwargs)
+        assert relative(turned.flip(0), together) < 1e-5
+        for i, name in enumerate("abc"):
+            alone = run(net, text=text[i:i + 1], ids=[name], **kwargs)
+            assert relative(alone, together[i:i + 1]) < 1e-5
+    assert not torch.equal(run(net, text=text, seed=1), run(net, text=text, seed=2))
+
+
+def test_windows_by_frame_ids():
+    """50 s: 201 latents = one window of 7 chunks and 20 slides that keep 12 and add 3 chunks."""
+    fake = Linear()
+    seen = []
+    out = diffusion.generate(fake, prompts(1), NULL, shape=SHAPE, frames=201, steps=2, guidance=1,
+                             reentry="as-is", on_chunk=lambda *chunk: seen.append(chunk))
+    assert out.shape == (1, 201, *SHAPE)
+    assert [(first, z.shape[1], video) for first, z, video in seen] == [(3 * i, 3, None) for i in range(67)]
+    denoise = [c for c in fake.calls if c[1][0, 0] > 0]
+    writes = [c for c in fake.calls if c[1][0, 0] == 0]
+    assert [c[2] for c in denoise[::2]] == list(range(0, 21, 3)) + [12, 15, 18] * 20
+    slides = [c for c in writes if c[0][1] == 12]
+    assert len(slides) == 20 and all(c[2] == 0 and c[3] == (3, 3, 3, 3) for c in slides)
+    assert len(writes) == 20 + 6 + 20 * 2, "the last chunk of a window is not written: nobody reads it"
+
+
+def test_a_slid_window_is_a_fresh_start_from_the_kept_frames(net, monkeypatch):
+    text, rng = prompts(1), diffusion.rng
+    video = run(net, text=text, frames=15, window=9, keep=6)
+    for begin in (3, 6):  # frame 9 was made in the window that begins at 3, frame 12 in the next
+        monkeypatch.setattr(diffusion, "rng", lambda *names, b=begin: rng(*names[:-1], names[-1] + b))
+        again = run(net, text=text, frames=9, context=video[:, begin:begin + 6])
+        assert relative(again[:, 6:], video[:, begin + 6:begin + 9]) < 1e-5
+
+
+@pytest.mark.parametrize("reentry", ["as-is", "first", "all"])
+def test_reentry_through_the_vae(net, vae, reentry, monkeypatch):
+    """What the second window is shown: the kept latents, with the first or all of them encoded anew."""
+    fills = []
+    forward = model.WanModel.forward
+
+    def spy(self, x, t, text, **kwargs):
+        if x.shape[1] == 6:
+            fills.append(x.clone())
+        return forward(self, x, t, text, **kwargs)
+    monkeypatch.setattr(model.WanModel, "forward", spy)
+    out = run(net, text=prompts(1), frames=12, window=9, keep=6, reentry=reentry, vae=vae, guidance=1)
+    kept, video = out[:, 3:9], vae.decode(out)
+    shown = video[:, vae.frames(9) - vae.frames(6):vae.frames(9)]
+    expected = kept.clone()
+    if reentry == "first":
+        expected[:, :1] = vae.encode(shown[:, :1])
+    elif reentry == "all":
+        expected = vae.encode(shown)
+    assert len(fills) == 1 and relative(fills[0], expected) < 1e-4
+    assert (relative(expected, kept) > 1e-2) == (reentry != "as-is")
+
+
+def test_chunks_are_decoded_as_one_stream(net, vae):
+    pieces = []
+    out = run(net, frames=9, vae=vae, on_chunk=lambda first, z, video: pieces.append(video))
+    assert [p.shape[1] for p in pieces] == [vae.frames(3), 6, 6]
+    assert relative(torch.cat(pieces, 1), vae.decode(out)) < 1e-4
+
+
+def test_a_prompt_switch_changes_only_what_comes_after(net):
+    before, after = prompts(1, 1), prompts(1, 2)
+    plain = run(net, text=[(0, before)], frames=18, window=9, keep=6)
+    assert torch.equal(plain, run(net, text=before, frames=18, window=9, keep=6))
+    for first, switch in ((10, 12), (12, 12), (13, 15)):  # from the first slide at or after that frame
+        switched = run(net, text=[(0, before), (first, after)], frames=18, window=9, keep=6)
+        assert torch.equal(switched[:, :switch], plain[:, :switch])
+        assert not torch.equal(switched[:, switch:switch + 3], plain[:, switch:switch + 3])
+
+
+def test_nothing_grows_with_the_number_of_chunks(net):
+    """Every denoising step of every window runs the same shapes; the cache stays the first one."""
+    fake = Linear()
+    diffusion.generate(fake, prompts(1), NULL, shape=SHAPE, frames=48, steps=2, reentry="as-is")
+    assert {c[0] for c in fake.calls} == {(2, 3, *SHAPE), (2, 12, *SHAPE)}
+
+
+@pytest.mark.parametrize("kwargs,message", [
+    (dict(frames=10), "10 latent frames after a context of 0 are no chunks of 3; use 9 or 12"),
+    (dict(context=torch.zeros(2, 19, *SHAPE), frames=30), "no room in a window of 21; give at most 18"),
+    (dict(frames=9, context=torch.zeros(2, 9, *SHAPE)), "use 12 or 15"), (dict(keep=10), "multiple of 3"),
+    (dict(keep=21), "cannot keep 21"), (dict(frames=24, reentry="first"), "needs the VAE"),
+    (dict(null=None), "empty prompt"), (dict(ids=["a"]), "2 prompts")])
+def test_refusals(net, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        run(net, **kwargs)
+
+
+def test_drift_statistics():
+    z = torch.zeros(2, 3, *SHAPE)
+    z[1, ..., 0] = 6.0  # one column of six
+    stats = diffusion.drift_statistics(z)
+    assert stats["mean"].tolist() == pytest.approx([0, 1])
+    assert stats["outside"].tolist() == pytest.approx([0, 1 / 6])
+    assert stats["std"][1].item() == pytest.approx(5**0.5, rel=1e-2)
