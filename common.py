@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,9 @@ import sys
 import types
 import typing
 import zipfile
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -88,7 +92,7 @@ def run(main, config: type, doc: str):
     cfg = parse_args(config, doc)
     try:
         sys.exit(main(cfg))
-    except (UserError, FileNotFoundError, PermissionError) as error:
+    except (UserError, OSError) as error:  # an OSError says what is wrong with which file
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -125,6 +129,23 @@ def start_ranks(device: str | None = None) -> Ranks:
 def print0(*args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, flush=True)
+
+
+def progress(total: int, what: str, ranks: Ranks):
+    """A bar on rank 0, whose share stands for all."""
+    hidden = None if ranks.rank == 0 else True  # None: unless somebody watches
+    return tqdm(total=total, desc=what, unit=" " + what, dynamic_ncols=True, disable=hidden)
+
+
+def ahead(function, items, workers: int = 2):
+    """(item, function(item)) in order, computed by threads a few items ahead of whoever asks."""
+    with ThreadPoolExecutor(workers) as pool:
+        items = iter(items)
+        waiting = deque((item, pool.submit(function, item)) for item in itertools.islice(items, 2 * workers))
+        while waiting:
+            item, result = waiting.popleft()
+            waiting.extend((new, pool.submit(function, new)) for new in itertools.islice(items, 1))
+            yield item, result.result()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -164,6 +185,18 @@ def umask() -> int:
 def write_text(path, text: str):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def fingerprint(*files) -> str:
+    """Which weights these are: their sizes and both ends of each, without reading gigabytes."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for place in (0, max(0, size - 2**20)):
+                f.seek(place)
+                digest.update(f"{size} {place} ".encode() + f.read(2**20))
+    return digest.hexdigest()[:16]
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], **metadata):

@@ -1,0 +1,535 @@
+"""Clips on disk: videos in and out, captions, the store of clips that stages share, the order of training."""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.stream import Disposition
+from torch.utils.data import DataLoader
+
+from common import UserError, open_weights, read_json, replacing, rng, save_tensors, write_text
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> 0..255, rounded to the nearest level; uint8 passes through."""
+    if video.dtype == torch.uint8:
+        return video
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(video: torch.Tensor) -> torch.Tensor:
+    """0..255 -> fp32 in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# videos in: all times are exact fractions of a second, counted from the first frame
+
+class Video(NamedTuple):
+    path: Path
+    duration: Fraction  # of the picture; the sound may be longer
+    fps: Fraction  # on average
+    width: int  # as shown: upright, with square pixels
+    height: int
+    first: int  # timestamp of the first frame
+
+    @property
+    def frames(self) -> int:
+        return round(self.duration * self.fps)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """(container, its video stream); whatever PyAV cannot read becomes a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is a folder, not a video" if path.is_dir() else f"no such file: {path}")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty (0 bytes)")
+    try:
+        with av.open(str(path)) as container:
+            # the cover picture of a song counts as a video stream too
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise UserError(f"{path} has no video stream")
+            streams[0].thread_type = "AUTO"
+            yield container, streams[0]
+    except av.FFmpegError as error:
+        raise UserError(f"{path} cannot be read as a video: {error.strerror}") from None
+
+
+def probe(path) -> Video:
+    """What a file really holds: decodes its first frame, and reads the packets from the last key frame on."""
+    with opened(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None or frame.pts is None:
+            raise UserError(f"{path} cannot be read as a video: it has no frame with a time")
+        claimed, tick = Fraction(container.duration or 0, av.time_base), stream.time_base
+        known = bool(claimed and stream.average_rate)  # else (as browsers record) every packet is read
+        container.seek(frame.pts + (math.ceil(claimed / tick) if known else 0), stream=stream)
+        packets = [p for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+        if not packets or any(p.is_corrupt for p in packets):  # a packet cut short is corrupt
+            raise UserError(f"{path} is truncated: the end of its {float(claimed):.1f} s cannot be read")
+        last = max(packets, key=lambda p: p.pts)
+        span = max(last.pts - frame.pts, 1) * tick
+        fps = stream.average_rate if known else max(len(packets) - 1, 1) / span
+        width, height = shown_size(frame, stream)
+        if turns(frame) % 2:
+            width, height = height, width
+        return Video(Path(path), end(last, frame.pts, tick, fps), fps, width, height, frame.pts)
+
+
+def end(shown, first: int, tick: Fraction, fps: Fraction) -> Fraction:
+    """When a frame or packet stops being shown; few containers tell for the last one."""
+    return (shown.pts - first) * tick + (shown.duration * tick if shown.duration else 1 / fps)
+
+
+def slack(tick: Fraction) -> Fraction:
+    """Timestamps are rounded to a tick, 1 ms in mkv: a frame counts as shown a tick, at most 1 ms, early."""
+    return min(tick, Fraction(1, 1000))
+
+
+def shown_size(frame, stream) -> tuple[int, int]:
+    return round(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+
+
+def turns(frame) -> int:
+    """Quarter turns, counter-clockwise, that put a phone's picture upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def fit(frame, stream, size) -> torch.Tensor:
+    """uint8 [3,H,W]: upright, resized to cover size = (width, height), cropped about the centre."""
+    shown = shown_size(frame, stream)
+    wanted = shown if size is None else size[::-1] if turns(frame) % 2 else size
+    scale = max(w / s for w, s in zip(wanted, shown, strict=True))
+    width, height = (max(w, round(s * scale)) for w, s in zip(wanted, shown, strict=True))
+    # swscale's bicubic widens its kernel when it shrinks, so nothing aliases
+    image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    left, top = (width - wanted[0]) // 2, (height - wanted[1]) // 2
+    image = np.rot90(image[top:top + wanted[1], left:left + wanted[0]], turns(frame))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def decode_from(container, stream, pts: int, first: int) -> Iterator[av.VideoFrame]:
+    """Frames in order, from the last key frame that is not after pts."""
+    back = 0
+    while True:
+        container.seek(max(pts - back, first), stream=stream)
+        frames = container.decode(stream)
+        frame = next(frames, None)
+        # mp4 looks key frames up by decoding time, and may land after pts: try again, further back
+        if frame is None or frame.pts <= pts or pts - back <= first:
+            return itertools.chain([] if frame is None else [frame], frames)
+        back = 2 * back + math.ceil(1 / stream.time_base)
+
+
+def read_frames(video: Video, fps=None, size=None, start: int = 0) -> Iterator[torch.Tensor]:
+    """Streams uint8 [3,H,W]: every frame, or with fps those shown at start / fps, (start + 1) / fps, ..."""
+    with opened(video.path) as (container, stream):
+        tick = stream.time_base
+        if fps is None:
+            yield from (fit(frame, stream, size) for frame in container.decode(stream))
+            return
+        due, held = start / Fraction(fps), None  # the instant to show next, the frame on show
+        frames = decode_from(container, stream, video.first + math.floor(due / tick), video.first)
+        for frame in itertools.chain(frames, [None]):
+            if held is not None:
+                if frame and frame.pts <= held.pts:
+                    raise UserError(f"{video.path}: its frames have no usable times; convert it to mp4")
+                until = (frame.pts - video.first) * tick if frame else end(held, video.first, tick, video.fps)
+                while due + slack(tick) < until:
+                    yield fit(held, stream, size)
+                    due += 1 / Fraction(fps)
+            held = frame
+
+
+def count_crops(video: Video, frames: int, fps) -> int:
+    """How many places a crop of that many frames has; a video that is too slow or too short is refused."""
+    if video.fps < fps * 0.995:  # 15.98 fps is 16
+        raise UserError(f"{video.path}: its {float(video.fps):.4g} fps is below {float(fps):.4g}")
+    available = math.ceil((video.duration - Fraction(1, 1000)) * Fraction(fps))
+    if available < frames:
+        raise UserError(f"{video.path} is too short: {frames} frames at {float(fps):.4g} fps need "
+                        f"{float(frames / fps):.2f} s, it has {float(video.duration):.2f} s")
+    return available - frames + 1
+
+
+def random_start(video: Video, frames: int, fps, *names) -> int:
+    """Where the crop named by e.g. (seed, clip id) starts: read_clip's start."""
+    return int(torch.randint(count_crops(video, frames, fps), (), generator=rng("crop", *names)))
+
+
+def read_clip(video: Video, frames: int = 81, fps=16, size=None, start: int = 0) -> torch.Tensor:
+    """uint8 [T,3,H,W], nothing decoded beyond it; start counts frames at fps, from the end if negative."""
+    crops = count_crops(video, frames, fps)
+    start = start if start >= 0 else crops + frames - 1 + start
+    assert 0 <= start < crops, f"start {start} of {crops} possible ones"
+    with contextlib.closing(read_frames(video, fps, size, start)) as stream:
+        clip = list(itertools.islice(stream, frames))
+    if len(clip) < frames:
+        raise UserError(f"{video.path} is damaged: only {len(clip)} of {frames} frames can be read")
+    return torch.stack(clip)
+
+
+def read_image(path, size=None) -> torch.Tensor:
+    """A png or jpg as a video of one frame, uint8 [1,3,H,W]."""
+    with opened(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise UserError(f"{path} cannot be read as an image")
+        return fit(frame, stream, size)[None]
+
+
+# ----------------------------------------------------------------------------------------------------
+# videos out
+
+def write_video(path, pieces: Iterable[torch.Tensor], fps, tags: dict | None = None, crf: int = 18,
+                preset: str = "medium"):
+    """Streams pieces [3,H,W] or [T,3,H,W], uint8 or in [-1, 1], into an h264 mp4 that carries tags."""
+    tags = tags or {}
+    try:
+        with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4",
+                                                   container_options={"movflags": "+faststart"}) as container:
+            # these two keys every player shows; a tag set after the first packet would be lost
+            container.metadata["title"] = str(tags.get("prompt", ""))
+            container.metadata["comment"] = json.dumps(tags, ensure_ascii=False)
+            stream = None
+            for frame in itertools.chain.from_iterable(map(as_frames, pieces)):
+                if stream is None:
+                    stream = new_stream(container, frame, fps, crf, preset)
+                assert (frame.width, frame.height) == (stream.width, stream.height), "the frame size changed"
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            assert stream is not None, f"{path}: no frames to write"
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise UserError(f"cannot write {path} (crf {crf}, preset {preset}): {error.strerror}") from None
+
+
+def as_frames(piece: torch.Tensor) -> Iterator[av.VideoFrame]:
+    piece = to_uint8(piece).reshape(-1, *piece.shape[-3:])  # [T,3,H,W]
+    for image in piece.permute(0, 2, 3, 1).contiguous().cpu().numpy():  # [H,W,3]
+        yield av.VideoFrame.from_ndarray(image, format="rgb24")
+
+
+def new_stream(container, frame, fps, crf, preset):
+    if frame.width % 2 or frame.height % 2:
+        raise UserError(f"h264 needs an even width and height, not {frame.width}x{frame.height}")
+    # PyAV takes no float; h264 times are whole ticks, and 1001 holds all broadcast rates
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
+                                  options={"crf": str(crf), "preset": preset})
+    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+    codec = stream.codec_context  # unsaid, players guess the colour matrix from the size
+    codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+    codec.color_range = 1  # 16..235
+    return stream
+
+
+def read_tags(path) -> dict:
+    """What write_video stored; empty for videos of other origin."""
+    with opened(path) as (container, _):
+        try:
+            tags = json.loads(container.metadata.get("comment", ""))
+        except ValueError:  # anybody's comment
+            return {}
+        return tags if isinstance(tags, dict) else {}
+
+
+def write_png(path, image: torch.Tensor):
+    """image [3,H,W], uint8 or in [-1, 1]."""
+    [frame] = as_frames(image)
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
+    codec.time_base = Fraction(1)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode()))
+
+
+def film_strip(path, rows: list[torch.Tensor], height: int | None = None, gap: int = 4):
+    """A PNG with a row of frames for each video [T,3,H,W], shrunk to that height; white fills short rows."""
+    strips = []
+    for row in rows:
+        if height:
+            shape = height, round(row.shape[3] * height / row.shape[2])
+            row = to_uint8(F.interpolate(to_float(to_uint8(row)), shape, mode="bicubic", antialias=True))
+        row = F.pad(to_uint8(row).cpu(), (0, gap, 0, gap), value=255)  # [T,3,h,w]
+        strips.append(row.permute(1, 2, 0, 3).flatten(2))  # [3,h,T*w]
+    width = max(strip.shape[2] for strip in strips)
+    write_png(path, torch.cat([F.pad(s, (0, width - s.shape[2]), value=255) for s in strips], 1))
+
+
+# ----------------------------------------------------------------------------------------------------
+# captions: clip.txt beside clip.mp4, or a metadata.jsonl / metadata.csv that lists both
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+VIDEO_COLUMNS = ("file_name", "video", "path", "file_path")  # the last is MiraData's
+CAPTION_COLUMNS = ("caption", "text", "prompt", "dense_caption")
+
+
+class Source(NamedTuple):
+    id: str
+    path: Path
+    caption: str | None
+
+
+def find_clips(source, caption_key: str | None = None) -> list[Source]:
+    """The videos of a folder, or of a .jsonl / .csv list, by id. Files are not opened and may be missing."""
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"no such folder: {source}")
+    tables = [source] if source.is_file() else [source / f"metadata{s}" for s in (".jsonl", ".csv")]
+    table = next((t for t in tables if t.exists()), None)
+    if caption_key and not table:
+        raise UserError(f"caption key {caption_key!r} needs a metadata.jsonl or metadata.csv in {source}")
+    found = list_rows(table, caption_key) if table else list_folder(source)
+    folder = source if source.is_dir() else source.parent
+    clips = {}
+    for path, caption in found:
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+        clip = Source(clip_id(name), path, (caption or "").strip() or None)
+        if clip.id in clips:
+            raise UserError(f"{table or folder}: {name} is listed twice")
+        clips[clip.id] = clip
+    if not clips:
+        raise UserError(f"no videos in {source} ({' '.join(sorted(VIDEO_SUFFIXES))})")
+    if not any(clip.caption for clip in clips.values()):
+        raise UserError(f"none of the {len(clips)} videos in {source} has a caption: put clip.txt beside "
+                        "clip.mp4, or list both in metadata.jsonl or metadata.csv")
+    return [clips[id] for id in sorted(clips)]
+
+
+def clip_id(name: str) -> str:
+    """A file name that depends on the relative path alone and differs for different paths."""
+    if re.fullmatch(r"\w[\w-]{,99}\.mp4", name, re.ASCII):
+        return name.removesuffix(".mp4")
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:60].strip("-")
+    return f"{slug}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
+
+
+def list_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    for path in folder.rglob("*"):
+        # macOS leaves ._clip.mp4 on foreign disks
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            text = path.with_suffix(".txt")
+            yield path, read_utf8(text) if text.exists() else None
+
+
+def list_rows(table: Path, caption_key: str | None) -> Iterator[tuple[Path, str | None]]:
+    for line, row in read_rows(table):
+        video = first_of(row, VIDEO_COLUMNS)
+        if not isinstance(video, str):
+            raise UserError(f"{table}:{line}: no video; name it in one of {', '.join(VIDEO_COLUMNS)}")
+        if caption_key and caption_key not in row:
+            raise UserError(f"{table}:{line}: no {caption_key!r}; it has {', '.join(map(str, row))}")
+        caption = first_of(row, [caption_key] if caption_key else CAPTION_COLUMNS)
+        if not isinstance(caption, str | None):
+            raise UserError(f"{table}:{line}: a caption must be text, not {str(caption)[:40]}")
+        yield table.parent / video, caption
+
+
+def first_of(row: dict, columns):
+    return next((row[c] for c in columns if row.get(c)), None)
+
+
+def read_rows(table: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a .csv with a header or a .jsonl."""
+    lines = io.StringIO(read_utf8(table))
+    if table.suffix.lower() == ".csv":
+        csv.field_size_limit(2**31 - 1)  # else a caption over 128 KB is refused
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise UserError(f"{table}:{reader.line_num}: {error}") from None
+        return
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise UserError(f"{table}:{number}: not valid JSON: {error}") from None
+        if isinstance(row, dict):
+            yield number, row
+        elif line.strip():
+            raise UserError(f'{table}:{number}: not {{"video": ..., "caption": ...}} but {line.strip()[:40]}')
+
+
+def read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # without the mark that Windows editors put in front
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# the clip store: index.jsonl names the clips, meta.json describes them, clips/ID.safetensors hold them
+
+LATENT_DTYPE = torch.float16  # 11 bits of mantissa for values about 1, where bfloat16 has 8
+TEXT_DTYPE = torch.bfloat16  # what umT5 computes in
+KIND = re.compile(rb'"kind"\s*:\s*"(\w+)"')
+
+
+def clip_file(folder, id: str) -> Path:
+    return Path(folder) / "clips" / f"{id}.safetensors"
+
+
+def write_clip(folder, id: str, latents: torch.Tensor, text: torch.Tensor, prompt: str, source: str):
+    """latents [F,C,H,W] and text [n,text_dim]."""
+    assert latents.ndim == 4 and text.ndim == 2, f"latents {latents.shape}, text {text.shape}"
+    clip_file(folder, id).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"latents": latents.to(LATENT_DTYPE), "text": text.to(TEXT_DTYPE)}
+    save_tensors(clip_file(folder, id), tensors, prompt=prompt, source=source)
+
+
+def write_text_embedding(path, text: torch.Tensor):
+    save_tensors(path, {"text": text.to(TEXT_DTYPE)})
+
+
+def read_text_embedding(path) -> torch.Tensor:
+    return open_weights(path)[0]["text"].read()
+
+
+class Geometry(NamedTuple):
+    width: int
+    height: int
+    frames: int
+    fps: int
+
+
+def geometry(wan, size: str | None = None, frames: int | None = None, fps: int | None = None) -> Geometry:
+    """What is given, else what the Wan directory's config.json says (a toy world's does), else the paper's."""
+    config = Path(wan) / "config.json"
+    own = read_json(config).get("geometry", {}) if config.exists() else {}
+    match = re.fullmatch(r"(\d+)x(\d+)", size or own.get("size", "832x480"))
+    if not match:
+        raise UserError(f"size {size!r} is not WIDTHxHEIGHT, such as 832x480")
+    return Geometry(int(match[1]), int(match[2]), frames or own.get("frames", 81), fps or own.get("fps", 16))
+
+
+def append_index(folder, entries: Iterable[dict]):
+    """Adds lines for one writer at a time; cuts off first what a killed writer left of its last line."""
+    with open(Path(folder) / "index.jsonl", "ab+") as f:
+        f.seek(max(f.tell() - 1, 0))
+        if f.read() not in (b"", b"\n"):
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(as_lines(entries).encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_index(folder, entries: Iterable[dict]):
+    """The whole index at once, in place of what there was."""
+    write_text(Path(folder) / "index.jsonl", as_lines(entries))
+
+
+def as_lines(entries: Iterable[dict]) -> str:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def write_meta(folder, meta: dict):
+    write_text(Path(folder) / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+
+
+class Clips:
+    """A store opened for reading: keeps each clip's byte offset and kind, and reads the rest when asked."""
+
+    def __init__(self, folder, root=None):
+        self.folder, self.index = Path(folder), Path(folder) / "index.jsonl"
+        if not self.index.exists():
+            raise UserError(f"{folder} is not a clip store: it has no index.jsonl")
+        self.root = Path(root or self.folder.resolve().parent).resolve()
+        self.offsets, self.kinds, offset = array("q"), [], 0
+        with open(self.index, "rb") as f:
+            for line in f:
+                if not line.endswith(b"\n"):  # still being written, or its writer was killed
+                    break
+                # much cheaper than parsing, and as safe: within a JSON string these quotes would be escaped
+                kind = KIND.search(line)
+                if not kind:
+                    raise UserError(f"{self.index}:{len(self) + 1}: a clip without a kind")
+                self.offsets.append(offset)
+                self.kinds.append(sys.intern(kind[1].decode()))
+                offset += len(line)
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, i: int) -> dict:
+        with open(self.index, "rb") as f:  # anew each time: loader processes must not share a file position
+            f.seek(self.offsets[i])
+            try:
+                return json.loads(f.readline())
+            except ValueError as error:
+                raise UserError(f"{self.index}:{i + 1}: not valid JSON: {error}") from None
+
+    def meta(self) -> dict:
+        return read_json(self.folder / "meta.json")
+
+    def locate(self, entry: dict) -> Path:
+        """Where an entry's tensors are; never outside the data root, not even through a link."""
+        path = (self.folder / entry["file"]).resolve()
+        if Path(entry["file"]).is_absolute() or not path.is_relative_to(self.root):
+            raise UserError(f"{self.index}: {entry['file']} is not a relative path within {self.root}")
+        return path
+
+    def load(self, i: int) -> dict:
+        """The entry, with its latents [F,C,H,W] and text [n,text_dim]."""
+        entry = self[i]
+        file = self.locate(entry)
+        tensors, _ = open_weights(file)
+        for name in ("latents", "text"):
+            if name not in tensors:
+                raise UserError(f"{file} has no tensor {name!r}")
+            entry[name] = tensors[name].read()
+        return entry
+
+
+# ----------------------------------------------------------------------------------------------------
+# the order of training: one endless sequence of samples, whatever the number of ranks or the step begun at
+
+def sample_order(n: int, seed: int, position: int) -> int:
+    """The sample at a position of the sequence: each of the n once per epoch, freshly shuffled."""
+    epoch, place = divmod(position, n)
+    return int(permutation(n, seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=rng(seed, "order", epoch))
+
+
+def batches(n: int, batch: int, seed: int, rank: int = 0, world: int = 1, step: int = 0) -> Iterator:
+    """From a step on, this rank's share of each global batch: its positions rank, rank + world, ..."""
+    assert n > 0 and batch >= world, f"{n} samples, batch {batch}, {world} ranks"
+    for begin in itertools.count(step * batch, batch):
+        yield [sample_order(n, seed, position) for position in range(begin + rank, begin + batch, world)]
+
+
+def loader(clips: Clips, batch: int, seed: int, rank: int = 0, world: int = 1, step: int = 0,
+           workers: int = 2) -> DataLoader:
+    """The same, as lists of loaded clips, read ahead by worker processes."""
+    if not len(clips):
+        raise UserError(f"{clips.index} lists no clips")
+    return DataLoader(range(len(clips)), batch_sampler=batches(len(clips), batch, seed, rank, world, step),
+                      collate_fn=functools.partial(load_all, clips), num_workers=workers)
+
+
+def load_all(clips: Clips, indices: list[int]) -> list[dict]:
+    return [clips.load(i) for i in indices]

@@ -1,0 +1,167 @@
+"""Stage 0: videos and captions -> agg_0/, the seed data as latents and text embeddings.
+
+    python prepare.py --videos clips/ --wan Wan2.1-T2V-1.3B --out agg_0
+    torchrun --nproc-per-node 8 prepare.py ...              the same on 8 GPUs
+
+Captions: clip.txt beside clip.mp4, or a metadata.jsonl / metadata.csv that lists both. Killed and started
+again it continues. A clip that cannot be used is listed with the reason, and the rest goes on.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import t5
+import vae
+from common import UserError, print0
+
+
+@dataclass
+class Config:
+    videos: str  # folder of videos with captions, or a .jsonl / .csv that lists them
+    wan: str  # Wan directory: its VAE, text encoder and tokenizer
+    out: str  # where the clip store goes
+    size: str | None = None  # WIDTHxHEIGHT, covered and cropped to (default: what --wan says, or 832x480)
+    frames: int | None = None  # of each clip, 4n + 1 (default: what --wan says, or 81)
+    fps: int | None = None  # resampled to this; slower ones are skipped (default: likewise, or 16)
+    caption_key: str | None = None  # the column of metadata to take the caption from (MiraData: dense_caption)
+    seed: int = 0  # where in its video each clip is cropped is a function of (seed, clip id)
+    dtype: str | None = None  # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+
+
+def main(cfg: Config):
+    ranks = common.start_ranks(cfg.device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    geometry = data.geometry(cfg.wan, cfg.size, cfg.frames, cfg.fps)
+    sources, out, skipped = data.find_clips(cfg.videos, cfg.caption_key), Path(cfg.out), {}
+    print0(f"{len(sources)} videos in {cfg.videos}; {geometry.frames} frames of {geometry.width}x"
+           f"{geometry.height} at {geometry.fps} fps each")
+    describe(cfg, geometry, out, ranks)
+
+    mine = []
+    for source in sources[ranks.rank::ranks.world]:
+        if not source.caption:
+            skipped[source.id] = f"{source.path}: no caption"
+        elif not data.clip_file(out, source.id).exists():
+            mine.append(source)
+    try:
+        # one network at a time: the text encoder alone is 11 GB
+        encode_captions(cfg, mine, out, ranks, dtype)
+        encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped)
+    except OSError as error:
+        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
+        raise UserError(f"{error}\n{kept} finished clips are kept in {out}; mend that and run the same "
+                        "command to continue") from None
+    finish(sources, out, ranks, skipped)
+
+
+def describe(cfg, geometry, out, ranks):
+    """meta.json says how all clips of the store are made; what exists already must be made the same way."""
+    network = vae.load(cfg.wan)
+    shape = [network.latents(geometry.frames), network.z_dim, geometry.height // network.space,
+             geometry.width // network.space]
+    if network.frames(shape[0]) != geometry.frames or geometry.height % 16 or geometry.width % 16:
+        raise UserError(f"{geometry.frames} frames of {geometry.width}x{geometry.height}: frames must be one "
+                        f"more than a multiple of {network.time}, sizes multiples of {2 * network.space}")
+    meta = {"latents": shape, **geometry._asdict(), "wan": str(Path(cfg.wan).resolve()), "seed": cfg.seed,
+            "vae": common.fingerprint(vae.find(Path(cfg.wan))[0]),
+            "t5": common.fingerprint(*t5.find_weights(cfg.wan))}
+    if ranks.rank == 0:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        if (out / "meta.json").exists():
+            before = common.read_json(out / "meta.json")
+            for key, value in meta.items():
+                if before.get(key) != value:
+                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
+                                    "choose another --out, or remove it")
+        else:
+            data.write_meta(out, meta | {"command": sys.argv})
+    dist.barrier()
+
+
+def encode_captions(cfg, mine, out, ranks, dtype):
+    """Text embeddings wait in text/ until their clip is encoded."""
+    todo = [source for source in mine if not text_file(out, source.id).exists()]
+    empty = out / "empty.safetensors"  # the prompt that dropout and guidance use
+    (out / "text").mkdir(exist_ok=True)
+    if todo or not empty.exists():
+        encoder = t5.load(cfg.wan, ranks.device, dtype)
+        if ranks.rank == 0:
+            data.write_text_embedding(empty, encoder.encode([""])[0])
+        with common.progress(len(todo), "captions", ranks) as bar:
+            for first in range(0, len(todo), 16):
+                some = todo[first:first + 16]
+                for source, text in zip(some, encoder.encode([s.caption for s in some]), strict=True):
+                    data.write_text_embedding(text_file(out, source.id), text)
+                bar.update(len(some))
+
+
+def text_file(out: Path, id: str) -> Path:
+    return out / "text" / f"{id}.safetensors"
+
+
+def encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped):
+    network, listed = vae.load(cfg.wan, ranks.device, dtype), 0
+
+    def read(source):
+        try:
+            video = data.probe(source.path)
+            start = data.random_start(video, geometry.frames, geometry.fps, cfg.seed, source.id)
+            size = (geometry.width, geometry.height)
+            return data.read_clip(video, geometry.frames, geometry.fps, size, start)
+        except UserError as error:
+            return str(error)
+
+    with common.progress(len(mine), "clips", ranks) as bar:
+        for source, clip in common.ahead(read, mine):
+            if isinstance(clip, str):
+                skipped[source.id] = clip
+            else:
+                latents = network.encode(data.to_float(clip[None].to(ranks.device)))[0]
+                text = data.read_text_embedding(text_file(out, source.id))
+                data.write_clip(out, source.id, latents, text, source.caption, source.path.name)
+                text_file(out, source.id).unlink()
+            bar.update()
+            if ranks.rank == 0:
+                listed = list_finished(sources, out, listed)
+
+
+def entry(source) -> dict:
+    return {"id": source.id, "file": f"clips/{source.id}.safetensors", "prompt": source.caption,
+            "kind": "seed", "round": 0, "source": source.path.name}
+
+
+def list_finished(sources, out, listed: int) -> int:
+    """Lets the index grow in its final order, so that it can be read before all is done."""
+    ready = []
+    while listed < len(sources) and data.clip_file(out, sources[listed].id).exists():
+        ready.append(entry(sources[listed]))
+        listed += 1
+    data.append_index(out, ready)
+    return listed
+
+
+def finish(sources, out, ranks, skipped):
+    """The whole index, in its final order; and what was skipped, and why."""
+    reasons = [None] * ranks.world
+    dist.all_gather_object(reasons, skipped)
+    if ranks.rank == 0:
+        skipped = dict(item for part in reasons for item in part.items())
+        data.write_index(out, [entry(s) for s in sources if s.id not in skipped])
+        common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for _, reason in sorted(skipped.items())))
+        if not any((out / "text").iterdir()):
+            (out / "text").rmdir()
+        for _, reason in sorted(skipped.items()):
+            print(f"skipped: {reason}")
+        print(f"{len(sources) - len(skipped)} clips in {out}, {len(skipped)} skipped"
+              + (f" (listed in {out / 'skipped.txt'})" if skipped else ""))
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
