@@ -413,7 +413,7 @@ class Geometry(NamedTuple):
 
 
 def geometry(wan, size: str | None = None, frames: int | None = None, fps: int | None = None) -> Geometry:
-    """What is given, else what the Wan directory's config.json says (a toy world's does), else the paper's."""
+    """What is given, else what the Wan directory's config.json says (a toy's does), else the paper's."""
     config = Path(wan) / "config.json"
     own = read_json(config).get("geometry", {}) if config.exists() else {}
     match = re.fullmatch(r"(\d+)x(\d+)", size or own.get("size", "832x480"))

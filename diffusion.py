@@ -177,7 +177,7 @@ def generate(model, text, null=None, *, shape, seed: int = 0, ids=None, frames: 
         video = decode(x)
         if video is not None and reentry != "as-is":
             tail = video if tail is None else torch.cat([tail, video], 1)
-            tail = tail[:, -vae.frames(keep):]
+            tail = tail[:, -vae.frame_count(keep):]
         if on_chunk:
             on_chunk(first, x, video)
 
@@ -232,7 +232,7 @@ def decoder(vae):
     def decode(latents):
         nonlocal done
         inbox.append(latents)
-        pieces, due = [], vae.frames(done + latents.shape[1]) - vae.frames(done)
+        pieces, due = [], vae.frame_count(done + latents.shape[1]) - vae.frame_count(done)
         while sum(piece.shape[1] for piece in pieces) < due:
             pieces.append(next(stream))
         done += latents.shape[1]

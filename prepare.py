@@ -28,7 +28,7 @@ class Config:
     out: str  # where the clip store goes
     size: str | None = None  # WIDTHxHEIGHT, covered and cropped to (default: what --wan says, or 832x480)
     frames: int | None = None  # of each clip, 4n + 1 (default: what --wan says, or 81)
-    fps: int | None = None  # resampled to this; slower ones are skipped (default: likewise, or 16)
+    fps: int | None = None  # to resample to; slower videos are skipped (default: as above, or 16)
     caption_key: str | None = None  # the column of metadata to take the caption from (MiraData: dense_caption)
     seed: int = 0  # where in its video each clip is cropped is a function of (seed, clip id)
     dtype: str | None = None  # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
@@ -64,9 +64,9 @@ def main(cfg: Config):
 def describe(cfg, geometry, out, ranks):
     """meta.json says how all clips of the store are made; what exists already must be made the same way."""
     network = vae.load(cfg.wan)
-    shape = [network.latents(geometry.frames), network.z_dim, geometry.height // network.space,
+    shape = [network.latent_count(geometry.frames), network.z_dim, geometry.height // network.space,
              geometry.width // network.space]
-    if network.frames(shape[0]) != geometry.frames or geometry.height % 16 or geometry.width % 16:
+    if network.frame_count(shape[0]) != geometry.frames or geometry.height % 16 or geometry.width % 16:
         raise UserError(f"{geometry.frames} frames of {geometry.width}x{geometry.height}: frames must be one "
                         f"more than a multiple of {network.time}, sizes multiples of {2 * network.space}")
     meta = {"latents": shape, **geometry._asdict(), "wan": str(Path(cfg.wan).resolve()), "seed": cfg.seed,
@@ -154,11 +154,11 @@ def finish(sources, out, ranks, skipped):
     if ranks.rank == 0:
         skipped = dict(item for part in reasons for item in part.items())
         data.write_index(out, [entry(s) for s in sources if s.id not in skipped])
-        common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for _, reason in sorted(skipped.items())))
+        reasons = [reason for _, reason in sorted(skipped.items())]
+        common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for reason in reasons))
         if not any((out / "text").iterdir()):
             (out / "text").rmdir()
-        for _, reason in sorted(skipped.items()):
-            print(f"skipped: {reason}")
+        print(*(f"skipped: {reason}\n" for reason in reasons), sep="", end="")
         print(f"{len(sources) - len(skipped)} clips in {out}, {len(skipped)} skipped"
               + (f" (listed in {out / 'skipped.txt'})" if skipped else ""))
 

@@ -1,0 +1,495 @@
+"""The Wan2.1 VAE: video to latents and back, any length in bounded memory.
+
+    vae = vae.load("Wan2.1-T2V-1.3B", "cuda", torch.bfloat16)
+    z = vae.encode(video)      # [B,T,3,H,W] in [-1,1] -> [B,F,C,h,w], normalised
+    video = vae.decode(z)      # T = 4(F-1)+1, H = 8h, W = 8w
+    for video in vae.decode_stream(pieces_of_z): ...
+
+A causal convolution needs of the past only the last two frames of its input. So a video runs through the
+network in temporal pieces of any size, each convolution keeps that tail for the next piece, and the result
+is that of the whole video at once. Frame 0 stands alone: it is never merged with others in time.
+
+Inside, tensors are [B,T,H,W,C] with C last in memory: norms and 1x1 convolutions then work on rows, a 2-d
+convolution sees B*T images without a copy, and the fast channels-last kernels are used throughout.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import UserError, fill, open_weights, read_json, save_tensors, weight_files
+
+# what Wan2.1's latents are normalised with; its own file does not hold them
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+# how large the widest activation of a piece may be. On a CPU larger pieces were not faster; on a GPU this
+# gives 2 latent frames of 480x832 in bf16: 2.6 GB of activations, 1.9 of tails, 0.3 of weights
+PIECE_BYTES = {"cpu": 2**25, "cuda": 2**30}
+
+
+# ----------------------------------------------------------------------------------------------------
+# layers; `state` is what a stream carries from piece to piece: {layer: its last input frames}
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over channels, times gamma; torch computes it in fp32 whatever the dtype."""
+
+    def __init__(self, width, dims=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *[1] * dims))
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.gamma.flatten(), 1e-24)
+
+
+class CausalConv(nn.Conv3d):
+    """A convolution over each frame and the two before it, behind an optional norm and SiLU."""
+
+    def __init__(self, width, out, kernel=(3, 3, 3)):
+        super().__init__(width, out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x, state, norm=None):
+        x = self.behind_tail(x, state, norm)  # [B,2+T,H,W,C] -> [B,T,H,W,out]
+        worth_it = self.kernel_size[1] == 3 and self.in_channels >= 32 and x.shape[1] > 3
+        if worth_it and fp32_on_cpu(x) and not tracked(x, self.weight):
+            return self.winograd(x, state)
+        return over_time(self, x)
+
+    def behind_tail(self, x, state, norm):
+        B, T, *rest = x.shape
+        tail = state[self] if self in state else x.new_zeros(B, 2, *rest)
+        if tracked(x, norm.gamma if norm else x):
+            both = torch.cat([tail, F.silu(norm(x)) if norm else x], 1)
+            state[self] = both[:, -2:]
+            return both
+        # without autograd, what comes before the convolution writes right into its input
+        both = x.new_empty(B, 2 + T, *rest)
+        both[:, :2] = tail
+        if norm:  # a frame at a time, so that what the norm returns stays small
+            for frame, place in zip(x.unbind(1), both[:, 2:].unbind(1), strict=True):
+                torch.ops.aten.silu.out(norm(frame), out=place)
+        else:
+            both[:, 2:] = x
+        state[self] = both[:, -2:].clone()  # a view would keep all of it alive
+        return both
+
+    def winograd(self, x, state):
+        """The same with 4 2-d convolutions for every two frames in place of 6: Winograd's F(2,3), along time.
+        Convolutions are nine tenths of a decode at width 96; this made them 1.45 times as fast on a CPU."""
+        B, T, H, W, _ = x.shape
+        if T % 2:  # the first of an odd number of frames goes by itself
+            return torch.cat([over_time(self, x[:, :3]), self.winograd(x[:, 1:], state)], 1)
+        if (self, "kernels") not in state:
+            a, b, c = self.weight.unbind(2)
+            state[self, "kernels"] = [k.contiguous(memory_format=torch.channels_last)
+                                      for k in (a, (a + b + c) / 2, (a - b + c) / 2, c)]
+        kp, kq, kr, ks = state[self, "kernels"]
+        x0, x1, x2, x3 = (x[:, i:i + T - 3:2] for i in range(4))  # the 4 frames that an output pair sees
+        p = per_frame(x0 - x2, kp, None)
+        q = per_frame(x1 + x2, kq, self.bias)  # is part of both, so the bias reaches both
+        r = per_frame(x2 - x1, kr, None)
+        s = per_frame(x1 - x3, ks, None)
+        y = x.new_empty(B, T // 2 - 1, 2, H, W, self.out_channels)
+        torch.add(p.add_(q), r, out=y[:, :, 0])
+        torch.sub(q.sub_(r), s, out=y[:, :, 1])
+        return y.flatten(1, 2)
+
+
+def tracked(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def fp32_on_cpu(x):
+    return x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def convolve(x, weight, bias, stride, padding):
+    ones = [1] * len(stride)
+    if fp32_on_cpu(x):  # torch.convolution would send small inputs to a kernel of a third of the speed
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
+    return torch.convolution(x, weight, bias, stride, padding, ones, False, [0] * len(stride), 1)
+
+
+def over_time(conv, x):
+    """A 3-d convolution of [B,T,H,W,C]."""
+    y = convolve(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, conv.stride, conv.padding)
+    return y.permute(0, 2, 3, 4, 1)
+
+
+def per_frame(x, weight, bias, stride=(1, 1), padding=(1, 1)):
+    """A 2-d convolution of every frame of [B,T,H,W,C]."""
+    y = convolve(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
+    return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def pointwise(conv, x):
+    """A 1x1(x1) convolution, as the matrix product it is when channels are last."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class Residual(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.residual = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv(width, out),
+                                       "3": RMSNorm(out), "6": CausalConv(out, out)})
+        self.shortcut = nn.Conv3d(width, out, 1) if width != out else None
+
+    def forward(self, x, state):
+        y = self.residual["2"](x, state, self.residual["0"])
+        y = self.residual["6"](y, state, self.residual["3"])
+        return y.add_(pointwise(self.shortcut, x) if self.shortcut else x)
+
+
+class Attention(nn.Module):
+    """One head over the pixels of each frame."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = RMSNorm(width, dims=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x, state):
+        q, k, v = pointwise(self.to_qkv, self.norm(x)).flatten(2, 3).chunk(3, -1)  # [B,T,H*W,C]
+        y = F.scaled_dot_product_attention(q, k, v).view_as(x)
+        return pointwise(self.proj, y).add_(x)
+
+
+class Down(nn.Module):
+    """Halves height and width and, if `time`, the frames after frame 0."""
+
+    def __init__(self, width, time):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=2)})
+        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x, state):
+        conv, padded = self.resample["1"], F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom only
+        x = per_frame(padded, conv.weight, conv.bias, (2, 2), (0, 0))
+        if not self.time_conv:
+            return x
+        # output k sees frames 2k-2, 2k-1, 2k; output 0 is frame 0 itself
+        first = self not in state
+        window = x if first else torch.cat([state[self], x], 1)
+        state[self] = x[:, -1:].clone()
+        if first and x.shape[1] == 1:
+            return x
+        y = over_time(self.time_conv, window)
+        return torch.cat([x[:, :1], y], 1) if first else y
+
+
+class Up(nn.Module):
+    """Doubles height and width and, if `time`, the frames after frame 0; halves the channels."""
+
+    def __init__(self, width, time):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width // 2, 3, padding=1)})
+        self.time_conv = CausalConv(width, 2 * width, (3, 1, 1)) if time else None
+
+    def forward(self, x, state):
+        if not self.time_conv:
+            return self.enlarge(x)
+        if self in state:
+            return self.enlarge(self.double(x, state))
+        # frame 0 is not doubled, and the frames after it see zeros in its place
+        state[self] = True
+        if x.shape[1] == 1:
+            return self.enlarge(x)
+        return self.enlarge(torch.cat([x[:, :1], self.double(x[:, 1:], state)], 1))
+
+    def double(self, x, state):
+        y = self.time_conv(x, state).unflatten(-1, (2, -1))  # [B,T,H,W,2,C]: the earlier frame, the later
+        return y.movedim(4, 2).flatten(1, 2)  # [B,2T,H,W,C]
+
+    def enlarge(self, x):
+        B, T, H, W, C = x.shape
+        x = x[:, :, :, None, :, None].expand(B, T, H, 2, W, 2, C).reshape(B, T, 2 * H, 2 * W, C)
+        return per_frame(x, self.resample["1"].weight, self.resample["1"].bias)
+
+
+class Encoder(nn.Module):
+    def __init__(self, width, multipliers, blocks, z_dim, temporal):
+        super().__init__()
+        self.conv1 = CausalConv(3, width)
+        self.downsamples, last = nn.ModuleList(), width
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.downsamples.append(Residual(last, width * multiplier))
+                last = width * multiplier
+            if level < len(temporal):
+                self.downsamples.append(Down(last, temporal[level]))
+        self.middle = nn.ModuleList([Residual(last, last), Attention(last), Residual(last, last)])
+        self.head = nn.ModuleDict({"0": RMSNorm(last), "2": CausalConv(last, 2 * z_dim)})
+
+    def forward(self, x, state):
+        x = self.conv1(x, state)
+        for layer in [*self.downsamples, *self.middle]:
+            x = layer(x, state)
+        return self.head["2"](x, state, self.head["0"])
+
+
+class Decoder(nn.Module):
+    def __init__(self, width, multipliers, blocks, z_dim, temporal):
+        super().__init__()
+        last = width * multipliers[-1]
+        self.conv1 = CausalConv(z_dim, last)
+        self.middle = nn.ModuleList([Residual(last, last), Attention(last), Residual(last, last)])
+        self.upsamples = nn.ModuleList()
+        for level in reversed(range(len(multipliers))):
+            for _ in range(blocks + 1):
+                self.upsamples.append(Residual(last, width * multipliers[level]))
+                last = width * multipliers[level]
+            if level > 0:
+                self.upsamples.append(Up(last, temporal[level - 1]))
+                last //= 2
+        self.head = nn.ModuleDict({"0": RMSNorm(last), "2": CausalConv(last, 3)})
+
+    def forward(self, x, state):
+        x = self.conv1(x, state)
+        for layer in [*self.middle, *self.upsamples]:
+            x = layer(x, state)
+        return self.head["2"](x, state, self.head["0"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# the VAE
+
+class WanVAE(nn.Module):
+    """Wan2.1's VAE, or a smaller one of the same family; latents and videos come out in fp32."""
+
+    def __init__(self, width=96, multipliers=(1, 2, 4, 4), blocks=2, z_dim=16, temporal=(False, True, True),
+                 latents_mean=None, latents_std=None):
+        super().__init__()
+        assert len(temporal) == len(multipliers) - 1, "one temporal flag for each step between levels"
+        self.latents_mean, self.latents_std = latents_mean or [0.0] * z_dim, latents_std or [1.0] * z_dim
+        self.width, self.z_dim, self.time, self.space = width, z_dim, 2 ** sum(temporal), 2 ** len(temporal)
+        self.encoder = Encoder(width, multipliers, blocks, z_dim, temporal)
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(width, multipliers, blocks, z_dim, temporal)
+        channels_last(self)
+
+    def encode(self, video: Tensor, piece: int | None = None) -> Tensor:
+        """[B,T,3,H,W] in [-1,1] -> normalised posterior mean [B,F,C,h,w], `piece` latent frames at a time."""
+        return self.normalise(self.posterior(video, piece)[0])
+
+    def decode(self, z: Tensor, piece: int | None = None) -> Tensor:
+        """Normalised latents [B,F,C,h,w] -> [B,T,3,H,W] in [-1,1], `piece` latent frames at a time."""
+        return self.reconstruct(self.denormalise(self.check_latents(z)), piece).clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """encode, for any number of frames at a time: yields latents as soon as they are complete."""
+        for moments in self.encoded(pieces):
+            yield self.normalise(moments.chunk(2, 2)[0])
+
+    @torch.no_grad()
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """decode, for any number of latent frames at a time: yields their video at once."""
+        for video in self.decoded(self.denormalise(self.check_latents(z)) for z in pieces):
+            yield video.clamp(-1, 1)
+
+    # trained through these two
+
+    def posterior(self, video: Tensor, piece: int | None = None) -> tuple[Tensor, Tensor]:
+        """[B,T,3,H,W] -> mean and log variance [B,F,C,h,w], not normalised."""
+        check_finite(self.check_video(video), "video")
+        if self.frame_count(self.latent_count(video.shape[1])) != video.shape[1]:
+            raise self.wrong_count(video.shape[1])
+        return joined(self.encoded([video], piece), self.latent_count(video.shape[1])).chunk(2, 2)
+
+    def reconstruct(self, latents: Tensor, piece: int | None = None) -> Tensor:
+        """The way back from posterior's mean: latents, not normalised -> [B,T,3,H,W], not clamped."""
+        check_finite(self.check_latents(latents), "latents")
+        return joined(self.decoded([latents], piece), self.frame_count(latents.shape[1]))
+
+    # the streams
+
+    def encoded(self, pieces, piece=None):
+        state, held, seen, done = {}, None, 0, 0  # seen: frames received; done: latent frames made of them
+        for video in pieces:
+            self.check_video(video)
+            held = video if seen == self.frame_count(done) else torch.cat([held, video], 1)
+            seen += video.shape[1]
+            limit = piece or self.best_piece(video.shape[0], *video.shape[3:])
+            while more := min(self.latent_count(seen) - done, limit):
+                take = self.frame_count(done + more) - self.frame_count(done)
+                part, held = held.split([take, held.shape[1] - take], 1)
+                x = self.encoder(self.ours(part).movedim(2, -1), state)
+                done += more
+                yield pointwise(self.conv1, x).movedim(-1, 2).float()  # [B,f,2C,h,w]
+        if seen != self.frame_count(done) or not seen:
+            raise self.wrong_count(seen)
+
+    def decoded(self, pieces, piece=None):
+        state = {}
+        for latents in pieces:
+            B, _, _, h, w = latents.shape
+            for part in latents.split(piece or self.best_piece(B, h * self.space, w * self.space), 1):
+                x = pointwise(self.conv2, self.ours(part).movedim(2, -1))
+                yield self.decoder(x, state).movedim(-1, 2).float()  # [B,t,3,H,W]
+
+    def best_piece(self, batch, height, width):
+        """Latent frames at a time."""
+        weight = self.conv2.weight
+        frame = batch * height * width * self.width * weight.element_size()  # bytes at full resolution
+        frames = PIECE_BYTES["cpu" if weight.is_cpu else "cuda"] // frame - 2  # a convolution adds its tail
+        return max(1, frames // self.time)
+
+    def ours(self, x):
+        return x.to(self.conv2.weight.device, self.conv2.weight.dtype)
+
+    def frame_count(self, latents):
+        return max(0, self.time * (latents - 1) + 1)
+
+    def latent_count(self, frames):
+        return (frames + self.time - 1) // self.time  # those complete after so many frames
+
+    def normalise(self, mean):
+        return (mean - self.channels(self.latents_mean, mean)) / self.channels(self.latents_std, mean)
+
+    def denormalise(self, z):
+        return z.float() * self.channels(self.latents_std, z) + self.channels(self.latents_mean, z)
+
+    def channels(self, values, like):
+        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+
+    # refusals
+
+    def check_video(self, video):
+        check_shape(video, "video", "[B,T,3,H,W]", 3)
+        for name, size in zip(("height", "width"), video.shape[3:], strict=True):
+            if size % self.space:
+                low = size // self.space * self.space
+                raise UserError(f"video of {name} {size}: must be a multiple of {self.space}; "
+                                f"resize or crop it to {f'{low} or ' if low else ''}{low + self.space}")
+        return video
+
+    def check_latents(self, z):
+        check_shape(z, "latents", f"[B,F,{self.z_dim},h,w]", self.z_dim)
+        return z
+
+    def wrong_count(self, frames):
+        low = self.frame_count(self.latent_count(frames))
+        return UserError(f"video of {frames} frames: must be 1 more than a multiple of {self.time}; "
+                         f"give {f'{low} or ' if low else ''}{low + self.time if low else 1}")
+
+
+def check_shape(x, what, layout, channels):
+    if x.dtype == torch.uint8 and what == "video":
+        raise UserError("video is uint8; the VAE takes floats in [-1,1]: video / 127.5 - 1")
+    if not x.is_floating_point():
+        raise UserError(f"{what} is {x.dtype}; the VAE takes floats")
+    if x.dim() != 5:
+        raise UserError(f"{what} has shape {list(x.shape)}: must have the 5 dimensions {layout}")
+    if x.shape[2] != channels:
+        raise UserError(f"{what} has shape {list(x.shape)}, so {x.shape[2]} channels: must be {layout}")
+    if 0 in x.shape:
+        raise UserError(f"{what} has shape {list(x.shape)}: nothing in it")
+
+
+def check_finite(x, what):  # not in the streams, where every look would make a GPU wait
+    if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
+        raise UserError(f"{what} holds NaN or infinite values; mend what made it")
+
+
+def joined(pieces, frames):
+    """Pieces put together as they come: torch.cat at the end would need the room twice."""
+    out, at = None, 0
+    for piece in pieces:
+        if out is None:
+            out = piece.new_empty(piece.shape[0], frames, *piece.shape[2:])
+        out[:, at:at + piece.shape[1]] = piece
+        at += piece.shape[1]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------
+# files
+
+def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
+    """A VAE for inference from a Wan or diffusers directory, Wan2.1_VAE.pth, or what `save` wrote."""
+    files, config = find(Path(path))
+    weights, metadata = open_weights(*files)
+    what = f"{files[0]} as a Wan2.1 VAE"
+    if "encoder.conv_in.weight" in weights:
+        blocks = {k.split(".")[4] for k in weights if k.startswith("decoder.up_blocks.0.resnets.")}
+        weights = {official(name, len(blocks) + 1): stored for name, stored in weights.items()}
+    sizes = geometry(weights, what)
+    stats = {k: (config | metadata).get(k) for k in ("latents_mean", "latents_std")}
+    if None in stats.values():
+        if sizes["z_dim"] != len(WAN_MEAN):
+            raise UserError(f"{files[0]} lacks latents_mean and latents_std, and Wan's are for "
+                            f"{len(WAN_MEAN)} channels, not {sizes['z_dim']}: write the VAE with vae.save")
+        stats = {"latents_mean": WAN_MEAN, "latents_std": WAN_STD}
+    with torch.device("meta"):
+        vae = WanVAE(**sizes, **{k: list(v) for k, v in stats.items()}).to(dtype)
+    return channels_last(fill(vae, weights, device, what)).requires_grad_(False)
+
+
+def save(vae: WanVAE, path: str | Path):
+    """Official names, with the latents' mean and std in the metadata."""
+    save_tensors(path, vae.state_dict(), latents_mean=vae.latents_mean, latents_std=vae.latents_std)
+
+
+def find(path):
+    """(weight files, diffusers config or {}) of what the user calls the VAE."""
+    if path.is_file():
+        return [path], {}
+    for name in ("vae.safetensors", "Wan2.1_VAE.pth"):
+        if (path / name).exists():
+            return [path / name], {}
+    for folder in (path / "vae", path):
+        if (folder / "config.json").exists() and (files := weight_files(folder, "diffusion_pytorch_model")):
+            return files, read_json(folder / "config.json")
+    raise UserError(f"no VAE in {path}: looked for vae.safetensors, Wan2.1_VAE.pth and "
+                    f"[vae/]diffusion_pytorch_model.safetensors with its config.json")
+
+
+def geometry(weights, what):
+    """The sizes of a VAE, read from the shapes of its weights."""
+    try:
+        downs = sorted(int(k.split(".")[2]) for k in weights
+                       if re.fullmatch(r"encoder\.downsamples\.\d+\.resample\.1\.weight", k))
+        width, blocks = weights["encoder.conv1.weight"].shape[0], downs[0]
+        last = [f"encoder.downsamples.{i * (blocks + 1)}.residual.2.weight" for i in range(len(downs) + 1)]
+        return {"width": width, "multipliers": tuple(weights[k].shape[0] // width for k in last),
+                "blocks": blocks, "z_dim": weights["conv2.weight"].shape[0],
+                "temporal": tuple(f"encoder.downsamples.{i}.time_conv.weight" in weights for i in downs)}
+    except (KeyError, IndexError):
+        raise UserError(f"{what}: its tensors are not those of one (Wan2.2's is another network)") from None
+
+
+RENAMES = (  # diffusers -> official
+    (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."), (r"\.conv2\.", ".residual.6."), (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"\.down_blocks\.", ".downsamples."),
+    (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
+)
+
+
+def official(name: str, per_level: int) -> str:
+    """A diffusers tensor name as Wan calls it; per_level is the number of decoder layers on one level."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    if match := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name):
+        level, kind, i = int(match[1]), match[2], int(match[3])
+        at = level * per_level + (i if kind == "resnets" else per_level - 1)
+        name = f"decoder.upsamples.{at}." + name[match.end():]
+    return name
+
+
+def channels_last(vae):
+    """Copies the weights into the memory order of the activations, so that no call has to reorder them."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for p in vae.parameters():
+        p.data = p.data.clone(memory_format=order.get(p.dim(), torch.contiguous_format))
+    return vae
