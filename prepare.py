@@ -29,7 +29,7 @@ class Config:
     size: str | None = None  # WIDTHxHEIGHT, covered and cropped to (default: what --wan says, or 832x480)
     frames: int | None = None  # of each clip, 4n + 1 (default: what --wan says, or 81)
     fps: int | None = None  # to resample to; slower videos are skipped (default: as above, or 16)
-    caption_key: str | None = None  # the column of metadata to take the caption from (MiraData: dense_caption)
+    caption_key: str | None = None  # the metadata column that holds the caption (MiraData: dense_caption)
     seed: int = 0  # where in its video each clip is cropped is a function of (seed, clip id)
     dtype: str | None = None  # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
