@@ -204,10 +204,10 @@ def fingerprint(*files) -> str:
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], **metadata):
-    """A safetensors file; metadata values are stored as JSON."""
+    """A safetensors file. Metadata is one JSON entry: several would come in another order every time."""
     with replacing(path) as temporary:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
-                  {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()})
+                  {"json": json.dumps(metadata, ensure_ascii=False)})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def open_weights(*files) -> tuple[dict, dict]:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as f:
-                    metadata |= {k: parse_json(v) for k, v in (f.metadata() or {}).items()}
+                    metadata |= json.loads((f.metadata() or {}).get("json", "{}"))
                     for k in f.keys():
                         weights[k] = Stored(tuple(f.get_slice(k).get_shape()), Reader(file, k))
             else:  # only zip archives, the format since torch 1.6, can be mapped
@@ -274,13 +274,6 @@ class Reader(NamedTuple):
 def as_stored(values: dict) -> dict:
     return {k: Stored(tuple(v.shape), lambda v=v: v) if isinstance(v, torch.Tensor) else
             as_stored(v) if isinstance(v, dict) else v for k, v in values.items()}
-
-
-def parse_json(text: str):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def first_line(error) -> str:

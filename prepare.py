@@ -70,7 +70,7 @@ def describe(cfg, geometry, out, ranks):
         raise UserError(f"{geometry.frames} frames of {geometry.width}x{geometry.height}: frames must be one "
                         f"more than a multiple of {network.time}, sizes multiples of {2 * network.space}")
     meta = {"latents": shape, **geometry._asdict(), "wan": str(Path(cfg.wan).resolve()), "seed": cfg.seed,
-            "vae": common.fingerprint(vae.find(Path(cfg.wan))[0]),
+            "vae": common.fingerprint(*vae.find(Path(cfg.wan))[0]),
             "t5": common.fingerprint(*t5.find_weights(cfg.wan))}
     if ranks.rank == 0:
         (out / "clips").mkdir(parents=True, exist_ok=True)

@@ -112,4 +112,4 @@ def test_file_modes_follow_the_umask(mask, mode, tmp_path):
         os.umask(before)
     assert os.stat(tmp_path / "t.safetensors").st_mode & 0o777 == mode
     with safe_open(tmp_path / "t.safetensors", "pt") as f:
-        assert f.metadata() == {"note": '"\u00e9"'} and f.get_tensor("x").shape == (3, 2)
+        assert f.metadata() == {"json": '{"note": "\u00e9"}'} and f.get_tensor("x").shape == (3, 2)
