@@ -52,7 +52,7 @@ def parse_args(config: type, doc: str, argv: list[str] | None = None):
     for field in dataclasses.fields(config):
         assert comments.get(field.name), f"{field.name} needs a comment, which is the flag's help"
         kind, options = hints[field.name], {"help": comments[field.name].replace("%", "%%")}
-        if isinstance(kind, types.UnionType):  # X | None
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
             kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)

@@ -16,6 +16,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -559,7 +560,7 @@ def check_causal(model: WanModel):
 class Flags:
     path: str = common.positional()  # a Wan, diffusers or model_k directory, a .safetensors file, or a .pt
     device: str = "cpu"  # where to check it
-    dtype: str = "float32"  # of the matrix products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
 
 
 def main(flags: Flags):

@@ -10,6 +10,7 @@ again it continues. A clip that cannot be used is listed with the reason, and th
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ class Config:
     fps: int | None = None  # to resample to; slower videos are skipped (default: as above, or 16)
     caption_key: str | None = None  # the metadata column that holds the caption (MiraData: dense_caption)
     seed: int = 0  # where in its video each clip is cropped is a function of (seed, clip id)
-    dtype: str | None = None  # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
 
 

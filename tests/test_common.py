@@ -22,6 +22,7 @@ class Flags:
     mode: Literal["df", "tf"] = "df"  # objectives
     compile: bool = True  # compile the blocks
     init: str | None = None  # a model directory
+    dtype: Literal["fp32", "bf16"] | None = None  # of the products
     chunks: tuple[int, ...] = (3, 3)  # sizes
 
 
@@ -31,13 +32,14 @@ def parse(*argv):
 
 def test_flags():
     assert parse("a", "b", "--out", "o") == Flags(("a", "b"), "o")
-    given = "a --out o --lr 3e-4 --no-compile --mode tf --init m --chunks 1 3"
-    assert parse(*given.split()) == Flags(("a",), "o", 3e-4, "tf", False, "m", (1, 3))
+    given = "a --out o --lr 3e-4 --no-compile --mode tf --init m --dtype bf16 --chunks 1 3"
+    assert parse(*given.split()) == Flags(("a",), "o", 3e-4, "tf", False, "m", "bf16", (1, 3))
 
 
 @pytest.mark.parametrize("given,message", [
     ("", "required"), ("a --out o --learning-rate 1", "unrecognized arguments: --learning-rate"),
-    ("a --out o --mode xx", "invalid choice: 'xx'"), ("a --out o --lr fast", "'fast'"),
+    ("a --out o --mode xx", "invalid choice: 'xx'"),
+    ("a --out o --dtype fp8", "invalid choice: 'fp8'"), ("a --out o --lr fast", "'fast'"),
     ("a --out o --mod tf", "unrecognized")])
 def test_wrong_flags_are_refused(given, message, capsys):
     with pytest.raises(SystemExit) as error:
