@@ -427,20 +427,23 @@ def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
     return common.fill(model, weights, device, str(path))
 
 
-def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
+def find_weights(path) -> list[Path]:
     path = Path(path)
-    if path.is_dir():
-        for folder in (path, path / "transformer"):
-            if files := common.weight_files(folder, "diffusion_pytorch_model"):
-                break
-        else:
-            raise UserError(f"{path} holds no diffusion_pytorch_model.safetensors (or its .index.json), "
-                            "neither itself nor in transformer/")
-    else:
-        folder, files = path.parent, [path]
+    if not path.is_dir():
+        return [path]
+    for folder in (path, path / "transformer"):
+        if files := common.weight_files(folder, "diffusion_pytorch_model"):
+            return files
+    raise UserError(f"{path} holds no diffusion_pytorch_model.safetensors (or its .index.json), "
+                    "neither itself nor in transformer/")
+
+
+def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
+    files = find_weights(path)
     weights, metadata = common.open_weights(*files)
     weights = official_names(weights.get("generator_ema") or weights.get("generator") or weights)
-    found = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    beside = files[0].with_name("config.json")
+    found = common.read_json(beside) if beside.exists() else {}
     found = metadata.get("config") or found
     refuse_other_models(path, weights, found)
     return weights, infer_config(path, weights, found)

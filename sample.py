@@ -1,0 +1,392 @@
+"""Stage 4: model_k/ + prompts -> videos/, as long as you like.
+
+    python sample.py --model model_1 --prompt "a red disc moves left" --seconds 50
+    python sample.py --model model_1 --prompts prompts.txt --samples 2      a prompt a line; or a .jsonl
+    python sample.py --model model_1 --prompt "a cat sleeps | 20: it wakes up" --seconds 50
+    python sample.py --model model_1 --prompt "a cat" --extend clip.mp4 --seconds 10
+    python sample.py --model model_1 --prompt "a cat" --image first.png
+    python sample.py --like videos/0000-a-cat.mp4 --out again               what made it is in its tags
+    torchrun --nproc-per-node 8 sample.py ...                               prompts spread over 8 GPUs
+
+A line of a .jsonl: {"prompt": "..."} or {"prompt": ["...", "..."], "times": [0, 20]}, and, if they are to
+differ, "seed", "seconds" and "name". Killed and started again it makes the videos that are missing.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import queue
+import re
+import shlex
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+import common
+import data
+import diffusion
+import model
+import t5
+import vae
+from common import UserError, print0
+
+CHUNK = 3
+
+
+@dataclass
+class Config:
+    model: str | None = None  # model_k, a Wan directory, or a file of weights
+    # Wan directory: its VAE, text encoder and tokenizer (default: what the model's config.json says)
+    wan: str | None = None
+    # what to show; "a | b | c" changes it on the way, at even intervals, and "a | 10: b | 25.5: c" from those
+    # seconds on (to be exact: where the window slides next)
+    prompt: str | None = None
+    prompts: str | None = None  # instead: a .txt with a prompt a line, or a .jsonl
+    out: str = "videos"  # where the videos go
+    like: str | None = None  # a video to make again, all as in its tags but for the flags that are no default
+    extend: str | None = None  # a video to continue: its last frames, 45 at most, begin the new one
+    image: str | None = None  # a png or jpg that becomes the first frame
+    seconds: float = 5.0  # of each video, what it continues included; rounded up to whole chunks
+    size: str | None = None  # WIDTHxHEIGHT (default: what --wan says, or 832x480)
+    seed: int = 0  # noise is a function of (seed, the prompt's place, chunk)
+    samples: int = 1  # videos of each prompt, with seeds seed, seed + 1, ...
+    batch: int = 1  # videos made at once, which does not change them
+    steps: int = 20  # of the solver, for each chunk
+    guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
+    shift: float = 8.0  # of the noise levels, as in training
+    solver: Literal["euler", "unipc"] = "euler"  # of the flow
+    negative: str = ""  # the prompt that guidance leads away from
+    context_noise: float = 0.0  # the noise level finished frames are shown at (sigma_test), 0..1
+    history_guidance: float = 0.0  # its weight, 1.2 in the paper; 0 is none
+    history_level: float = 0.8  # the noise level of its partly hidden history, 0..1
+    window: int = 21  # latent frames the model sees at once
+    keep: int = 12  # how many of them begin the next window
+    reentry: Literal["first", "as-is", "all"] = "first"  # which of those pass through the VAE again
+    crf: int = 18  # h264 quality: less is better
+    preset: str = "medium"  # h264 speed
+    log_drift: bool = False  # write the latents' mean, spread and outliers by chunk to NAME.jsonl
+    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+
+
+# the flags that make a video what it is: its tags hold them, and --like takes them from there
+RECIPE = {f.name for f in dataclasses.fields(Config)} - {
+    "prompt", "prompts", "out", "like", "samples", "batch", "log_drift", "device"}
+
+
+class Video(NamedTuple):
+    path: Path
+    frames: int  # latent
+    starts: list[int]  # the latent frame from which each of its prompts holds
+    tags: dict  # its whole recipe
+
+
+def main(cfg: Config):
+    ranks = common.start_ranks(cfg.device)
+    before = read_recipe(cfg.like) if cfg.like else {}
+    cfg = complete(cfg, before, ranks)
+    limits = model.read_checkpoint(cfg.model)[1]  # what is no model is refused before anything is loaded
+    rows, dtype = read_prompts(cfg, before), getattr(torch, cfg.dtype)
+    coder = vae.load(cfg.wan, ranks.device, dtype)
+    pixels = read_context(cfg, coder)  # uint8 [T,3,H,W], None if the video begins with nothing
+    videos = plan(cfg, rows, coder, begin=0 if pixels is None else coder.latent_count(len(pixels)))
+    if before and before["fingerprint"] != videos[0].tags["fingerprint"]:
+        print0(f"warning: {cfg.model} is not the model that made {cfg.like}: the video will differ")
+    mine = [video for video in videos[ranks.rank::ranks.world] if not finished(video)]
+    print0(f"{len(videos)} videos of {cfg.size}; {len(mine)} to make"
+           + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
+    if not mine:
+        return
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    context = None if pixels is None else coder.encode(data.to_float(pixels[None].to(ranks.device)))
+    # one large network at a time: the text encoder alone is 11 GB
+    texts = encode_prompts(cfg, mine, limits, ranks.device, dtype)
+    net = model.load(cfg.model, ranks.device, dtype)
+    with common.progress(sum(video.tags["frames"] for video in mine), "frames", ranks) as bar:
+        for batch in batches(mine, cfg.batch):
+            make(cfg, batch, net, coder, texts, pixels, context, bar)
+
+
+# ----------------------------------------------------------------------------------------------------
+# flags and prompts
+
+def read_recipe(like: str) -> dict:
+    tags = data.read_tags(like)
+    if not tags.keys() >= RECIPE | {"prompts", "times", "name", "id", "fingerprint"}:
+        raise UserError(f"{like} does not say how it was made; videos of sample.py do, unless edited since")
+    return tags
+
+
+def complete(cfg: Config, before: dict, ranks) -> Config:
+    """What --like says in place of defaults; what follows from other flags; paths that hold anywhere."""
+    cfg = dataclasses.replace(cfg, **{
+        f.name: before[f.name] for f in dataclasses.fields(cfg)
+        if f.name in RECIPE & before.keys() and getattr(cfg, f.name) == f.default})
+    if cfg.model is None or not Path(cfg.model).exists():
+        problem = f"--model {cfg.model} does not exist" if cfg.model else "no model"
+        raise UserError(f"{problem}; give --model DIR, which train_df.py makes, or a download of Wan2.1:\n"
+                        "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir DIR")
+    if min(cfg.batch, cfg.samples, cfg.steps) < 1:
+        raise UserError(f"--batch {cfg.batch} --samples {cfg.samples} --steps {cfg.steps}: 1 is the least")
+    if not (0 <= cfg.context_noise <= 1 and 0 <= cfg.history_level <= 1):
+        raise UserError(f"--context-noise {cfg.context_noise:g} --history-level {cfg.history_level:g}: noise "
+                        "levels are from 0 to 1")
+    if cfg.image and cfg.extend:
+        raise UserError("--image and --extend are both given; a video begins with one or the other")
+    path = Path(cfg.model).resolve()
+    folder = path if path.is_dir() else path.parent
+    told = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not cfg.wan and "wan" not in told:
+        raise UserError(f"{cfg.model} names no Wan directory for VAE and text encoder; give --wan DIR")
+    if cfg.image and not told.get("image_first"):
+        print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
+    files = {k: str(Path(v).resolve()) for k in ("wan", "extend", "image") if (v := getattr(cfg, k))}
+    files = {"wan": str((folder / told.get("wan", "")).resolve())} | files | {"model": str(path)}
+    geometry = data.geometry(files["wan"], cfg.size)
+    dtype = cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    return dataclasses.replace(cfg, **files, dtype=dtype, size=f"{geometry.width}x{geometry.height}")
+
+
+def read_prompts(cfg: Config, before: dict) -> list[tuple[str, dict]]:
+    """(where it stands, {"prompt": ..., ...}) for every prompt."""
+    if cfg.prompt is not None and cfg.prompts:
+        raise UserError("--prompt and --prompts are both given; choose one")
+    if cfg.prompt is not None:
+        return [("--prompt", {"prompt": cfg.prompt, "id": before.get("id", 0)})]
+    if not cfg.prompts and before:
+        return [(cfg.like, {"prompt": before["prompts"]} | {k: before[k] for k in ("times", "name", "id")})]
+    if not cfg.prompts:
+        raise UserError('no prompt: give --prompt "a red disc moves left", or --prompts FILE')
+    file = Path(cfg.prompts)
+    if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"--prompts {file}: {'is no .txt or .jsonl' if file.is_file() else 'no such file'}")
+    read, rows = read_row if file.suffix == ".jsonl" else lambda line, _: {"prompt": line.strip()}, []
+    for number, line in enumerate(data.read_utf8(file).split("\n"), 1):
+        if line.strip():
+            rows.append((f"{file}:{number}", read(line, f"{file}:{number}") | {"id": len(rows)}))
+    if not rows:
+        raise UserError(f"{file} holds no prompts")
+    return rows
+
+
+ROW = {"prompt": (str, list), "times": list, "seed": int, "seconds": (int, float), "name": str}
+
+
+def read_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise UserError(f'{where}: not {{"prompt": ...}} but {line.strip()[:40]}')
+    for key, value in row.items():
+        if not isinstance(value, ROW.get(key, ())):
+            raise UserError(f"{where}: {key} = {json.dumps(value)[:40]}; a line may hold prompt (a text or a "
+                            "list), times (a list), seed, seconds and name")
+    return row
+
+
+def texts_and_times(row: dict, seconds: float, where: str) -> tuple[list[str], list[float]]:
+    """The texts of a video and the second from which each holds."""
+    texts, times = row["prompt"], row.get("times")
+    if isinstance(texts, str) and "|" in texts:
+        # a leading number and a colon are a time, but 10:30 is a clock's
+        parts = [re.fullmatch(r"(?:(\d+(?:\.\d+)?)\s*:(?!\d))?(.*)", part.strip(), re.DOTALL).groups()
+                 for part in texts.split("|")]
+        texts = [text.strip() for _, text in parts]
+        if any(second for second, _ in parts[1:]):
+            times = [float(parts[0][0] or 0), *(float(second) for second, _ in parts[1:] if second)]
+    elif isinstance(texts, str):
+        texts = [texts.strip()]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{where}: an empty prompt")
+    times = [i * seconds / len(texts) for i in range(len(texts))] if times is None else times
+    rising = all(isinstance(t, int | float) for t in times) and all(a < b for a, b in pairwise(times))
+    if len(times) != len(texts) or times[0] != 0 or not rising:
+        raise UserError(f"{where}: {len(texts)} prompts need the second from which each holds, first 0 and "
+                        f"then rising, not {times}")
+    return texts, times
+
+
+# ----------------------------------------------------------------------------------------------------
+# what to make
+
+def read_context(cfg: Config, coder) -> torch.Tensor | None:
+    """What the video begins with, uint8 [T,3,H,W]: an image, the end of a clip, or nothing."""
+    width, height, _, fps = data.geometry(cfg.wan, cfg.size)
+    if height % (2 * coder.space) or width % (2 * coder.space):
+        raise UserError(f"size {cfg.size}: width and height must be multiples of {2 * coder.space}")
+    if cfg.image:
+        return data.read_image(cfg.image, (width, height))
+    if not cfg.extend:
+        return None
+    video = data.probe(cfg.extend)
+    there = data.count_crops(video, 1, fps)
+    # as much as a window keeps of the last: 45 frames, or else 33, 21, 9
+    for latents in range(max(cfg.keep // CHUNK, 1) * CHUNK, 0, -CHUNK):
+        if (count := coder.frame_count(latents)) <= there:
+            return data.read_clip(video, count, fps, (width, height), start=-count)
+    raise UserError(f"{cfg.extend} is too short to continue: it has {there} frames at {fps} fps, {count} are "
+                    "the least")
+
+
+def plan(cfg: Config, rows, coder, begin: int) -> list[Video]:
+    """Every video asked for; begin: how many latent frames it continues."""
+    videos, fps = {}, data.geometry(cfg.wan, cfg.size).fps
+    same = {k: getattr(cfg, k) for k in RECIPE} | {
+        "fps": fps, "fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
+        "command": shlex.join(sys.argv)}
+    for where, row in rows:
+        seconds = row.get("seconds", cfg.seconds)
+        frames = latent_frames(seconds, fps, coder, begin)
+        if frames <= begin or seconds <= 0:
+            raise UserError(f"{where}: {seconds:g} s must be more than 0, and more than the "
+                            f"{coder.frame_count(begin)} frames that the video begins with")
+        diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep, cfg.reentry, coder)
+        texts, times = texts_and_times(row, seconds, where)
+        starts = [coder.latent_count(round(t * fps)) for t in times]
+        check_slides(cfg, starts, begin, frames, lambda f: coder.frame_count(f) / fps, where)
+        name = row.get("name") or f"{row['id']:04d}-{slug(' '.join(texts))}".strip("-")
+        first = row.get("seed", cfg.seed)
+        for seed in range(first, first + cfg.samples):
+            file = name + f"-seed{seed}" * (seed != 0 or cfg.samples > 1) + ".mp4"
+            if Path(file).name != file or file in videos:
+                raise UserError(f"{where}: the name {file} is taken, or is no file's; choose another")
+            videos[file] = Video(Path(cfg.out, file), frames, starts, same | {
+                "prompt": " | ".join(texts), "prompts": texts, "times": times, "seed": seed, "id": row["id"],
+                "name": name, "seconds": seconds, "frames": coder.frame_count(frames)})
+    return list(videos.values())
+
+
+def latent_frames(seconds, fps, coder, begin) -> int:
+    """Whole chunks, behind the single frame of an image if there is one, that cover so many seconds."""
+    image = begin % CHUNK
+    covering = coder.latent_count(round(seconds * fps) + coder.time - 1)
+    return image + math.ceil((covering - image) / CHUNK) * CHUNK
+
+
+def check_slides(cfg, starts, begin, frames, seconds, where):
+    """Refuses a prompt that would never be shown: the text changes only where the window slides."""
+    first = begin + (cfg.window - begin) // CHUNK * CHUNK
+    slides = range(first, frames, (cfg.window - cfg.keep) // CHUNK * CHUNK)
+    shown = [next((slide for slide in (0, *slides) if slide >= start), None) for start in starts]
+    if None in shown or len(set(shown)) < len(shown):
+        places = ", ".join(f"{seconds(slide):.2f}" for slide in slides)
+        raise UserError(f"{where}: not all {len(starts)} prompts would be shown: the text changes where the "
+                        f"window slides, {f'at {places} s' if slides else 'never here'}.\n"
+                        "Change the times, --seconds or --window")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-")
+
+
+def finished(video: Video) -> bool:
+    """Is it there? Then it must have been made in the same way."""
+    if not video.path.exists():
+        return False
+    before = data.read_tags(video.path)
+    for key, value in video.tags.items():
+        if key != "command" and before.get(key) != value:
+            raise UserError(f"{video.path} was made with {key} = {before.get(key)}, not {value}; choose "
+                            "another --out, or remove it")
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------
+# making it
+
+def encode_prompts(cfg: Config, videos, limits, device, dtype) -> dict[str, torch.Tensor]:
+    prompts = dict.fromkeys([cfg.negative] + [text for video in videos for text in video.tags["prompts"]])
+    texts = dict(zip(prompts, t5.load(cfg.wan, device, dtype).encode(list(prompts)), strict=True))
+    for prompt, rows in texts.items():
+        if len(rows) > limits.text_len or rows.shape[1] != limits.text_dim:
+            raise UserError(f"{prompt[:40]!r} is {len(rows)} tokens of width {rows.shape[1]} to {cfg.wan};\n"
+                            f"{cfg.model} takes at most {limits.text_len} of width {limits.text_dim}")
+    return texts
+
+
+def batches(videos, size: int):
+    """Only videos that change their text at the same frames can be made together."""
+    groups = defaultdict(list)
+    for video in videos:
+        groups[video.frames, *video.starts].append(video)
+    for group in groups.values():
+        yield from (group[i:i + size] for i in range(0, len(group), size))
+
+
+def make(cfg: Config, videos, net, coder, texts, pixels, context, bar):
+    """Generates videos together; each chunk is decoded and goes to the files as soon as it is done."""
+    began, drift, frames = time.monotonic(), [], videos[0].tags["frames"]
+    schedule = [(start, [texts[video.tags["prompts"][i]] for video in videos])
+                for i, start in enumerate(videos[0].starts)]
+    width, height = map(int, cfg.size.split("x"))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(writing(video)) for video in videos]
+
+        def on_chunk(first, latents, video):
+            if first == 0 and context is not None:  # as it was given, not as the VAE shows it
+                video = pixels.expand(len(videos), *pixels.shape)
+            for send, piece in zip(files, data.to_uint8(video), strict=True):
+                send(piece)
+            drift.append((first, diffusion.drift_statistics(latents)))  # numbers only at the end: no waiting
+            bar.update(video.shape[0] * video.shape[1])
+
+        diffusion.generate(
+            net, schedule, texts[cfg.negative], frames=videos[0].frames,
+            shape=(coder.z_dim, height // coder.space, width // coder.space),
+            ids=[(video.tags["seed"], video.tags["id"]) for video in videos],  # so that a batch may mix seeds
+            context=None if context is None else context.expand(len(videos), *context.shape[1:]),
+            chunk=CHUNK, steps=cfg.steps, shift=cfg.shift, guidance=cfg.guidance, solver=cfg.solver,
+            context_noise=cfg.context_noise, history=cfg.history_guidance, history_level=cfg.history_level,
+            window=cfg.window, keep=cfg.keep, reentry=cfg.reentry, vae=coder, on_chunk=on_chunk)
+        if cfg.log_drift:
+            for i, video in enumerate(videos):
+                common.write_text(video.path.with_suffix(".jsonl"), data.as_lines(
+                    {"frame": first} | {k: v[i].item() for k, v in stats.items()} for first, stats in drift))
+    rate = len(videos) * frames / (time.monotonic() - began)
+    for video in videos:
+        bar.write(f"{video.path}: {frames} frames ({frames / video.tags['fps']:.2f} s), {rate:.2f} frames/s")
+
+
+@contextlib.contextmanager
+def writing(video: Video):
+    """Yields a function that hands the next frames to the file's encoder, which works in a thread."""
+    pieces = queue.Queue(2)  # bounded: a slow encoder holds the model up instead of filling the memory
+
+    def received():
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece  # the rest will not come, so what is there must not become a file
+            yield piece
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(data.write_video, video.path, received(), video.tags["fps"], video.tags,
+                          video.tags["crf"], video.tags["preset"])
+
+        def send(piece):
+            while not job.done():
+                with contextlib.suppress(queue.Full):
+                    return pieces.put(piece, timeout=0.1)
+            return job.result()  # it has failed; this raises why
+
+        try:
+            yield send
+        except BaseException as error:
+            send(error)
+            raise
+        send(None)
+        job.result()
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
