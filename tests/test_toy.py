@@ -1,0 +1,82 @@
+"""The toy world: exact, the same everywhere, and its VAE good enough to see it through."""
+
+import pytest
+import torch
+
+import data
+import model
+import t5
+import toy
+import vae
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "wan"
+    toy.make_wan(folder)
+    return folder
+
+
+def test_a_world_is_a_function_of_its_seed():
+    frames = [data.to_uint8(toy.render(toy.draw_world(0, i), toy.FRAMES)) for i in range(4)]
+    again = [data.to_uint8(toy.render(toy.draw_world(0, i), toy.FRAMES)) for i in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(frames, again, strict=True))
+    means = torch.stack(frames).float().mean((1, 2, 3, 4)).tolist()
+    assert means == pytest.approx([147.73, 104.95, 123.91, 140.84], abs=0.05)  # everywhere
+    assert not torch.equal(frames[0], data.to_uint8(toy.render(toy.draw_world(1, 0), 81)))
+
+
+def test_the_prompt_tells_shape_and_direction_and_nothing_else():
+    worlds = [toy.draw_world(0, i) for i in range(300)]
+    captions = {f"A {s} moving {d}" for s in toy.SHAPES for d in toy.DIRECTIONS}
+    assert {toy.caption(w) for w in worlds} == captions
+    a, b = [w for w in worlds if toy.caption(w) == toy.caption(worlds[0])][:2]
+    assert not torch.allclose(a.base, b.base, atol=0.05) and not torch.allclose(a.color, b.color, atol=0.05)
+
+
+@pytest.mark.parametrize("direction,way", toy.DIRECTIONS.items())
+def test_a_sprite_moves_as_its_caption_says_and_comes_back(direction, way):
+    world = toy.draw_world(0, 0)._replace(direction=direction, shape="disc", speed=0.5,
+                                          frequencies=torch.zeros(2, 2))
+    video = toy.render(world, 65)
+    moved = torch.roll(video[0], (2 * way[1], 2 * way[0]), (1, 2))  # 4 frames at half a pixel
+    assert torch.allclose(video[4], moved, atol=1e-5) and not torch.allclose(video[4], video[0], atol=0.1)
+    assert torch.allclose(video[64], video[0], atol=1e-4), "once around the picture"
+    assert torch.equal(toy.render(world, 5, start=60), video[60:])
+
+
+@pytest.mark.parametrize("shape,area", [
+    ("disc", 3.1416), ("ring", 2.356), ("square", 2.89), ("triangle", 1.299)])
+def test_sprites_have_their_shape(shape, area):
+    world = toy.draw_world(0, 0)._replace(shape=shape, radius=7.0, base=-torch.ones(3), color=torch.ones(3),
+                                          waves=torch.zeros(2, 3), place=torch.tensor([16.0, 16.0]))
+    covered = ((toy.render(world, 1) + 1) / 2).mean() * toy.SIZE**2
+    assert covered.item() == pytest.approx(area * 49, rel=0.05)
+
+
+def test_the_vae_reaches_25_db_on_held_out_clips(wan):
+    network = vae.load(wan)
+    worlds = [toy.draw_world(12345, i) for i in range(6)]
+    video = torch.stack([toy.render(w, toy.FRAMES) for w in worlds])
+    z = network.encode(video)
+    assert z.shape == (6, 21, 16, 4, 4)
+    error = ((network.decode(z) - video) / 2).square().mean((1, 2, 3, 4))
+    psnr = (-10 * error.log10()).mean().item()
+    print(f"{psnr:.2f} dB")
+    assert psnr >= 25
+    assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.4, "latents are normalised"
+    assert toy.VAE_FILE.stat().st_size <= 2 * 2**20
+
+
+def test_the_model_directory_is_complete(wan):
+    net, text = model.load(wan), t5.load(wan)
+    assert data.geometry(wan) == (32, 32, 81, 16)
+    rows = text.encode([f"A {s} moving {d}" for s in toy.SHAPES for d in toy.DIRECTIONS] + [""])
+    assert all(3 <= len(r) <= net.config.text_len for r in rows[:-1])
+    pooled = torch.stack([r.mean(0) for r in rows])
+    distance = torch.cdist(pooled, pooled) + 9 * torch.eye(len(rows))
+    assert distance.min() > 0.05, "captions must differ in their embeddings"
+    unknown = text.tokenizer.unk_id()
+    assert unknown not in t5.token_ids(text.tokenizer, "A reversed video of a ring moving up")
+    x, t = torch.ones(1, 21, 16, 4, 4), torch.zeros(1, 21)
+    assert not net(x, t, rows[0][None]).any(), "an untrained transformer predicts nothing"
