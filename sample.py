@@ -247,9 +247,11 @@ def plan(cfg: Config, rows, coder, begin: int) -> list[Video]:
         "command": shlex.join(sys.argv)}
     for where, row in rows:
         seconds = row.get("seconds", cfg.seconds)
+        if not 0 < seconds < math.inf:
+            raise UserError(f"{where}: {seconds:g} s is no length for a video")
         frames = latent_frames(seconds, fps, coder, begin)
-        if frames <= begin or seconds <= 0:
-            raise UserError(f"{where}: {seconds:g} s must be more than 0, and more than the "
+        if frames <= begin:
+            raise UserError(f"{where}: {seconds:g} s must be more than the "
                             f"{coder.frame_count(begin)} frames that the video begins with")
         diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep, cfg.reentry, coder)
         texts, times = texts_and_times(row, seconds, where)
