@@ -130,6 +130,13 @@ def start_ranks(device: str | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 products a second, by the maker's word, of the GPUs we know."""
+    peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for known, peak in peaks.items() if known in name), None)
+
+
 def print0(*args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, flush=True)

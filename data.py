@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
-from torch.utils.data import DataLoader
 
 from common import UserError, open_weights, read_json, replacing, rng, save_tensors, write_text
 
@@ -513,23 +512,3 @@ def sample_order(n: int, seed: int, position: int) -> int:
 @functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=rng(seed, "order", epoch))
-
-
-def batches(n: int, batch: int, seed: int, rank: int = 0, world: int = 1, step: int = 0) -> Iterator:
-    """From a step on, this rank's share of each global batch: its positions rank, rank + world, ..."""
-    assert n > 0 and batch >= world, f"{n} samples, batch {batch}, {world} ranks"
-    for begin in itertools.count(step * batch, batch):
-        yield [sample_order(n, seed, position) for position in range(begin + rank, begin + batch, world)]
-
-
-def loader(clips: Clips, batch: int, seed: int, rank: int = 0, world: int = 1, step: int = 0,
-           workers: int = 2) -> DataLoader:
-    """The same, as lists of loaded clips, read ahead by worker processes."""
-    if not len(clips):
-        raise UserError(f"{clips.index} lists no clips")
-    return DataLoader(range(len(clips)), batch_sampler=batches(len(clips), batch, seed, rank, world, step),
-                      collate_fn=functools.partial(load_all, clips), num_workers=workers)
-
-
-def load_all(clips: Clips, indices: list[int]) -> list[dict]:
-    return [clips.load(i) for i in indices]

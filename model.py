@@ -88,6 +88,22 @@ def attention(q, k, v, layout, mask=None):
     return y.transpose(1, 2).flatten(2)
 
 
+def forward_flops(c: Config, layout) -> int:
+    """Of one clip's forward pass: two a weight and token, four a width and pair of tokens that meet."""
+    tokens = layout[-1][1]
+    pairs = sum((last - first) * (past + last - first) for first, last, past in layout)
+    matrices = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.text_len * 2 * c.dim**2
+    ends = tokens * c.dim * PATCH**2 * (c.in_dim + c.out_dim) + c.text_len * c.dim * (c.text_dim + c.dim)
+    return 2 * (c.num_layers * matrices + ends) + 4 * c.num_layers * c.dim * (pairs + tokens * c.text_len)
+
+
+def activation_bytes(model: "WanModel", tokens: int) -> int:
+    """What the forward pass of one clip keeps for the backward pass; counted on a block, without compile."""
+    c, size = model.config, model.compute.itemsize
+    block = tokens * (c.dim * (44 + 12 * size) + c.ffn_dim * 2 * size)
+    return block + tokens * c.dim * 4 * c.num_layers if model.checkpointing else block * c.num_layers
+
+
 def visible(x, first, last, past):  # [B, N, L, D]; a view where the past touches the chunk
     return x[:, :, :last] if past == first else torch.cat([x[:, :, :past], x[:, :, first:last]], dim=2)
 
@@ -211,10 +227,12 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
         self.eps = c.eps
 
-    def forward(self, x, e, rope, attend, context, text_kv=None):
-        """x [B, F, S, dim], e [B, F, 6, dim], fp32; attend(q, k, v) is all that masks and cache change."""
+    def forward(self, x, e, rope, attend, context, remember=None):
+        """x [B, F, S, dim], e [B, F, 6, dim], fp32; attend(q, k, v) is all that masks and cache change, and
+        remember(text_kv, context) all that the cache changes for the prompt."""
         y = attend(*self.before(x, e, rope))
-        return self.after(x, y.view(x.shape), e, *(text_kv or self.text_kv(context)))
+        text_kv = remember(self.text_kv, context) if remember else self.text_kv(context)
+        return self.after(x, y.view(x.shape), e, *text_kv)
 
     def before(self, x, e, rope):
         shift, scale = (self.modulation + e)[:, :, :2].split(1, dim=2)                     # [B, F, 1, dim]
@@ -330,13 +348,10 @@ class WanModel(nn.Module):
 
     def cached_blocks(self, h, e0, rope, layout, text, cache, start):
         cache.claim(start, h.shape)
-        if not cache.holds_text(text):
-            context = self.context(text)
-            for i, block in enumerate(self.blocks):
-                cache.text_k[i], cache.text_v[i] = block.text_kv(context)
+        context = None if cache.holds_text(text) else self.context(text)
         for i, block in enumerate(self.blocks):
             attend = functools.partial(cache.attend, i, layout)
-            h = block(h, e0, rope, attend, None, (cache.text_k[i], cache.text_v[i]))
+            h = block(h, e0, rope, attend, context, functools.partial(cache.remember, i))
         return h
 
     def patchify(self, x):
@@ -348,7 +363,7 @@ class WanModel(nn.Module):
 
     def unpatchify(self, x, height, width):  # a token's outputs are (y, x, c), unlike its inputs
         x = x.unflatten(-1, (PATCH, PATCH, -1)).unflatten(2, (height // PATCH, -1))  # [B, F, h, w, p, p, C]
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(*x.shape[:2], -1, height, width)
 
     def context(self, text):
         """Padding rows are embedded and attended like words: that is how Wan was trained."""
@@ -408,6 +423,12 @@ class Cache:
         """The same tensor, unchanged? (Comparing values would make the GPU wait at every step.)"""
         before, self.text = self.text, (text, None if text.is_inference() else text._version)
         return before is not None and before[0] is text and before[1] == self.text[1]
+
+    def remember(self, layer: int, text_kv, context):
+        """The prompt's keys and values; context is None when they are here already."""
+        if context is not None:
+            self.text_k[layer], self.text_v[layer] = text_kv(context)
+        return self.text_k[layer], self.text_v[layer]
 
     def attend(self, layer: int, layout, q, k, v):
         first, last = layout[0][0], layout[-1][1]
@@ -536,7 +557,9 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
 @torch.no_grad()
 def check_causal(model: WanModel):
     """On noise: no frame may feel a later chunk, every later one must, and the cache must agree."""
-    c, device = model.config, model.head.modulation.device
+    c, device, head = model.config, model.head.modulation.device, model.head.head.weight
+    if untrained := not head.any():  # a fresh head predicts nothing, which would prove nothing
+        head.fill_(0.01)
     x, text = (torch.randn(shape, generator=common.rng("check", i)).to(device)
                for i, shape in enumerate([(1, 9, c.in_dim, 8, 8), (1, 4, c.text_dim)]))
     t = torch.tensor([[900.0] * 3 + [500.0] * 3 + [100.0] * 3], device=device)
@@ -554,6 +577,8 @@ def check_causal(model: WanModel):
     chunks = zip((0, 3, 6), x.split(3, 1), t.split(3, 1), strict=True)
     cached = torch.cat([model(xc, tc, text, cache=cache, start=f) for f, xc, tc in chunks], 1)
     error = ((cached - v).norm() / v.norm()).item()
+    if untrained:
+        head.zero_()
     if not error < (1e-4 if model.compute == torch.float32 else 3e-2):
         raise UserError(f"cached and parallel forwards differ by {error:.1e} (relative)")
     return error

@@ -1,0 +1,530 @@
+"""Stage 1: the loss by hand, what is drawn, that ranks, micro-batches and kills leave no trace, refusals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import common
+import data
+import diffusion
+import model
+import toy
+import train_df
+from common import UserError
+from train_df import Clips, Config, clip_losses, errors
+
+SCRIPT = Path(train_df.__file__)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SHAPE = (15, 4, 4, 4)  # 5 chunks: 4 of prefix, one to learn
+TIMES = {"seconds_per_step", "clips_per_second", "gigabytes"}  # what differs from run to run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def alone(request):
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """init/, agg_0 of 12 seed clips, agg_1 with 6 corrective ones more."""
+    root = tmp_path_factory.mktemp("world")
+    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=64,
+                          text_len=8)
+    net = model.WanModel(config).init_weights("train")
+    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=common.rng("head"))
+    model.save(net, root / "init")
+    fill(root / "agg_0", ["seed"] * 12)
+    fill(root / "agg_1", ["seed"] * 12 + ["corrective"] * 6)
+    return root
+
+
+def fill(folder, kinds, shape=SHAPE, text_dim=64, smooth=False):
+    """smooth: clips of one colour each, so that there is something to learn."""
+    entries = []
+    for i, kind in enumerate(kinds):
+        g = common.rng("clip", i)
+        latents = torch.randn(1, shape[1], 1, 1, generator=g).expand(shape) if smooth else \
+            torch.randn(shape, generator=g)
+        text = torch.randn(3, text_dim, generator=common.rng("text", 0 if smooth else i))
+        data.write_clip(folder, f"c{i}", latents, text, "A disc", "a.mp4")
+        entries.append({"id": f"c{i}", "file": f"clips/c{i}.safetensors", "prompt": "A disc", "kind": kind,
+                        "round": 0, "source": "a.mp4"})
+    data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=common.rng(0)))
+    data.write_meta(folder, {"latents": shape, "fps": 16, "wan": str(folder.parent / "wan")})
+    data.write_index(folder, entries)
+
+
+def config(world, out="out", data="agg_0", **flags) -> Config:
+    flags = dict(steps=4, batch=6, micro=3, lr=1e-2, held_out=2, log_every=1, save_every=2, eval_every=2,
+                 preview_every=0, device="cpu") | flags
+    return Config(str(world / data), str(world / "init"), str(out), **flags)
+
+
+def run(cfg: Config):
+    try:
+        return train_df.main(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command(cfg: Config, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    flags = []
+    for key, value in vars(cfg).items():
+        if isinstance(value, bool):
+            flags.append(f"--{'no-' * (not value)}{key.replace('_', '-')}")
+        elif value is not None:
+            flags += ["--" + key.replace("_", "-"), str(value)]
+    return [sys.executable, *launcher, str(SCRIPT), *flags]
+
+
+def script(cfg: Config, ranks=1):
+    done = subprocess.run(command(cfg, ranks), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def weights(out) -> dict:
+    return load_file(Path(out) / "diffusion_pytorch_model.safetensors")
+
+
+def lines(out) -> list[dict]:
+    found = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+
+
+def newest_state(out, scratch) -> dict:
+    """Every tensor of the newest checkpoint."""
+    dcp_to_torch_save(train_df.checkpoints(Path(out))[-1][1], scratch)
+    return torch.load(scratch)
+
+
+def flat(tree: dict, prefix="") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def same_run(a, b, tmp_path):
+    """To the bit: the model, the log, weights, moments and average in the newest checkpoint."""
+    files = ("diffusion_pytorch_model.safetensors", "config.json")
+    assert all((Path(a) / f).read_bytes() == (Path(b) / f).read_bytes() for f in files)
+    assert lines(a) == lines(b)
+    x, y = (flat(newest_state(out, tmp_path / "state.pt")) for out in (a, b))
+    assert x.keys() == y.keys() and len(x) > 100
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def close_runs(a, b):
+    p, q = weights(a), weights(b)  # where a gradient is all rounding, Adam makes a step of it, so not max
+    assert all((p[k] - q[k]).norm() < 1e-3 * p[k].norm() + 1e-4 for k in p)
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert x.keys() == y.keys() and x["step"] == y["step"]
+        for key in x.keys() & {"loss", "grad_norm", "held_out"}:
+            assert x[key] == pytest.approx(y[key], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------- what is trained
+
+def test_the_loss_by_hand(world):
+    """Seed and corrective clips in one batch, against the paper's words spelled out frame by frame."""
+    clips = Clips(config(world, data="agg_1", drop=0.0))
+    net = model.load(world / "init")
+    batch = clips.batch([(0, ("a", 0)), (14, ("a", 1))], clips.sizes(0))
+    loss = clip_losses(errors(clips.cfg, net, batch), batch.mask)
+    grid = torch.tensor([1000 * 8 * s / (1 + 7 * s) for s in (1 - i / 1000 for i in range(1000))])
+    for row, kind in enumerate(("seed", "corrective")):
+        x0, noise, t = batch.x0[row], batch.noise[row], batch.t[row]
+        assert torch.equal(x0, clips.load((0, 14)[row])["latents"].float())
+        bearing = range(15) if kind == "seed" else range(12, 15)
+        for f in range(15):
+            assert t[f] == t[f // 3 * 3], "one level a chunk"
+            assert (grid - t[f]).abs().min() < 1e-3 if f in bearing else t[f] == 0
+        x = torch.stack([(1 - t[f] / 1000) * x0[f] + t[f] / 1000 * noise[f] for f in range(15)])
+        v = net(x[None], t[None], batch.text[row:row + 1], chunk=3)[0]
+        by_hand = sum(((v[f] - (noise[f] - x0[f])) ** 2).mean() for f in bearing) / len(bearing)
+        torch.testing.assert_close(loss[row], by_hand, rtol=1e-5, atol=0)
+    assert len(batch.t[0].unique()) == 5, "chunks have levels of their own"
+
+
+def test_a_prefix_bears_no_loss_but_gradient_reaches_it(world):
+    clips, net = Clips(config(world, data="agg_1")), model.load(world / "init")
+    batch = clips.batch([(15, ("a", 0))], clips.sizes(0))
+    x0 = batch.x0.clone().requires_grad_()
+    loss = clip_losses(errors(clips.cfg, net, batch._replace(x0=x0)), batch.mask)
+    loss.sum().backward()
+    assert x0.grad[0, :12].abs().amax((1, 2, 3)).min() > 0, "keys and values of every prefix frame"
+    other = batch.noise.clone()
+    other[:, :12] += 1  # neither an input nor a target
+    again = clip_losses(errors(clips.cfg, net, batch._replace(noise=other)), batch.mask)
+    assert torch.equal(loss.detach(), again.detach())
+
+
+def test_other_modes(world):
+    net = model.load(world / "init")
+    clips = Clips(config(world, mode="full"))
+    batch = clips.batch([(0, ("a", 0))], clips.sizes(0))
+    assert clips.sizes(0) == (15,) and len(batch.t.unique()) == 1 and batch.mask.all()
+    x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
+    v = net(x, batch.t, batch.text, chunk=None)
+    expected = (v - (batch.noise - batch.x0)).square().mean((2, 3, 4))
+    assert torch.equal(errors(clips.cfg, net, batch), expected)
+
+    clips = Clips(config(world, mode="tf"))
+    batch = clips.batch([(0, ("a", 0))], clips.sizes(0))
+    x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
+    error = errors(clips.cfg, net, batch)
+    for first in range(0, 15, 3):  # every chunk by itself behind its clean past
+        history = torch.cat([batch.x0[:, :first], x[:, first:first + 3]], 1)
+        t = torch.cat([torch.zeros(1, first), batch.t[:, first:first + 3]], 1)
+        v = net(history, t, batch.text)[:, first:]
+        target = (batch.noise - batch.x0)[:, first:first + 3]
+        torch.testing.assert_close(error[:, first:first + 3], (v - target).square().mean((2, 3, 4)))
+
+
+def test_draws_are_functions_of_seed_and_position(world):
+    cfg = config(world, data="agg_1", steps=2)
+    clips, other = Clips(cfg), Clips(config(world, data="agg_1", seed=1))
+    ranks = [common.Ranks(rank, 3, None) for rank in range(3)]
+    dealt = {}
+    for rank in ranks:
+        for share in train_df.shares(cfg, rank, 0):
+            batch = clips.micro_batch(share)
+            dealt |= {p: (batch.noise[i], batch.t[i], batch.ids[i]) for i, p in enumerate(share[1])}
+    assert sorted(dealt) == list(range(12))
+    for p, (noise, t, id) in dealt.items():
+        alone = clips.micro_batch((0, [p]))
+        assert torch.equal(alone.noise[0], noise) and torch.equal(alone.t[0], t) and alone.ids == [id]
+        assert not torch.equal(other.micro_batch((0, [p])).noise[0], noise)
+    assert len({t[3].item() for _, t, _ in dealt.values()} - {0}) > 4
+
+
+def test_knobs_of_the_mixture(world):
+    def ids(positions, **flags):
+        clips = Clips(config(world, data="agg_1", **flags))
+        return [clips.at(p) for p in range(positions)]
+    everything = ids(16)
+    assert len(set(everything)) == 16 and len(set(ids(64)[16:32])) == 16, "each once an epoch"
+    share = ids(120, corrective_share=0.75)
+    assert sum(i >= 12 for i in share) == 90 and sum(i >= 12 for i in share[:8]) == 6
+    assert sorted(i for i in share if i >= 12)[:15] == [12] * 15, "as often as the others"
+    assert all(i < 12 for i in ids(50, corrective_share=0.0))
+    assert all(i >= 12 for i in ids(50, corrective_share=1.0))
+
+    def lost(positions, **flags):
+        clips = Clips(config(world, data="agg_1", **flags))
+        rows = [(clips.at(p), clips.micro_batch((0, [p])).text[0]) for p in range(positions)]
+        return [(i >= 12, torch.equal(text, clips.null)) for i, text in rows]
+    assert all(gone for _, gone in lost(20, drop=1.0)) and not any(gone for _, gone in lost(20, drop=0.0))
+    assert all(gone != corrective for corrective, gone in lost(40, drop=1.0, drop_kind="seed"))
+    assert 10 < sum(gone for _, gone in lost(200, drop=0.1)) < 32
+
+    clips = Clips(config(world, seed_prefix=0.5))
+    masks = [clips.micro_batch((0, [p])).mask[0] for p in range(100)]
+    assert 35 < sum(mask[0] == 0 for mask in masks) < 65
+    assert all(mask[12:].all() and len(mask[:12].unique()) == 1 for mask in masks)
+
+
+def test_image_first(world):
+    clips = Clips(config(world, data="agg_1", image_first=0.5))
+    sizes = [clips.sizes(step) for step in range(100)]
+    assert set(sizes) == {(3,) * 5, (1, 3, 3, 3, 3)} and 35 < sizes.count((3,) * 5) < 65
+    image = sizes.index((1, 3, 3, 3, 3))
+    batch = clips.micro_batch((image, [0, 1, 2, 3]))
+    assert batch.x0.shape[1] == 13 and batch.chunk.tolist() == [0] + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    corrective = batch.mask[:, 0] == 0
+    assert corrective.any() and (batch.mask[corrective] == torch.tensor([0.] * 10 + [1.] * 3)).all()
+    assert errors(clips.cfg, model.load(world / "init"), batch).shape == (4, 13)
+
+
+def test_all_rounds_hold_out_the_same_clips(world):
+    first, second = (Clips(config(world, data=d, held_out=4)) for d in ("agg_0", "agg_1"))
+    assert first.held_out == second.held_out and len(first.held_out) == 4
+    assert sorted(first.held_out + first.seed) == list(range(12)) and second.corrective == list(range(12, 18))
+    a, b = (c.batch([(c.held_out[0], ("held out", 0))], c.sizes(None), True) for c in (first, second))
+    assert all(torch.equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
+    never = Clips(config(world, held_out=4, drop=1.0, seed_prefix=1.0))
+    c = never.batch([(never.held_out[0], ("held out", 0))], never.sizes(None), True)
+    assert torch.equal(c.text, a.text) and torch.equal(c.mask, a.mask), "no dropout, no prefix"
+
+
+# --------------------------------------------------------------------------------------- the run
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """6 steps without interruption, all knobs on, checkpoints at 2, 4, 6."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    run(full_config(world, out))
+    return out
+
+
+def full_config(world, out, **flags):
+    knobs = dict(data="agg_1", steps=6, ema=0.9, warmup=3, seed_prefix=0.3, image_first=0.3, drop=0.3)
+    return config(world, out, **knobs | flags)
+
+
+def test_micro_batches_change_nothing(world, reference, tmp_path):
+    run(full_config(world, tmp_path / "out", micro=1))
+    close_runs(reference, tmp_path / "out")
+    run(full_config(world, tmp_path / "ragged", micro=4, recompute=True))
+    close_runs(reference, tmp_path / "ragged")
+
+
+def test_ranks_change_nothing(world, reference, tmp_path):
+    """Begun by 2 processes, gone on by 1, ended by 3."""
+    for ranks, steps in ((2, 2), (1, 4), (3, 6)):
+        told = script(full_config(world, tmp_path / "out", steps=steps, recompute=ranks == 2), ranks)
+        assert (f"going on from step {steps - 2}" in told) == (steps > 2)
+    held = [line for line in lines(tmp_path / "out") if "held_out" in line]
+    assert [line["step"] for line in held] == [0, 2, 4, 6]
+    close_runs(reference, tmp_path / "out")
+
+
+def test_killed_at_random_it_ends_the_same(world, reference, tmp_path):
+    cfg, chance, kills = full_config(world, tmp_path / "out"), random.Random(0), 0
+    log = tmp_path / "out" / "log.jsonl"
+    while not (tmp_path / "out" / "config.json").exists():
+        before = log.read_bytes() if log.exists() else b""
+        process = subprocess.Popen(command(cfg), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if kills < 3:
+            while process.poll() is None and (not log.exists() or log.read_bytes() == before):
+                time.sleep(0.01)  # at work
+            time.sleep(chance.uniform(0, 0.15))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+            continue
+        assert process.wait() == 0, process.stderr.read().decode()
+    assert kills > 1
+    same_run(reference, tmp_path / "out", tmp_path)
+    assert [step for step, _ in train_df.checkpoints(tmp_path / "out")] == [4, 6], "the newest two are kept"
+
+
+def test_half_a_checkpoint_does_not_count(world, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "out")
+    (tmp_path / "out/train/step-6/.metadata").unlink()
+    (tmp_path / "out/config.json").unlink()
+    run(full_config(world, tmp_path / "out"))
+    same_run(reference, tmp_path / "out", tmp_path)
+
+
+def test_sigterm_stops_with_a_checkpoint(world, tmp_path, reference):
+    cfg = full_config(world, tmp_path / "out", save_every=1000)
+    process = subprocess.Popen(command(cfg), env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.terminate()
+            break
+    told = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "stopped after step" in told
+    assert train_df.checkpoints(tmp_path / "out") and not (tmp_path / "out/config.json").exists()
+    run(full_config(world, tmp_path / "out"))
+    same_run(reference, tmp_path / "out", tmp_path)
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(world, reference, tmp_path, capsys):
+    shutil.copytree(reference, tmp_path / "out")
+    run(full_config(world, tmp_path / "out"))
+    assert "trained already: 6 steps" in capsys.readouterr().out
+    run(full_config(world, tmp_path / "out", steps=8))
+    whole = tmp_path / "whole"
+    run(full_config(world, whole, steps=8))
+    same_run(whole, tmp_path / "out", tmp_path)
+
+
+def test_the_average_by_hand(world, tmp_path, monkeypatch):
+    seen, step = [], train_df.train_step
+
+    def watched(cfg, state, *rest):
+        if not seen:
+            seen.append({k: p.detach().clone() for k, p in state.weights.items()})
+        norm = step(cfg, state, *rest)
+        seen.append({k: p.detach().clone() for k, p in state.weights.items()})
+        return norm
+    monkeypatch.setattr(train_df, "train_step", watched)
+    run(config(world, tmp_path / "out", ema=0.3))
+    saved, average = weights(tmp_path / "out"), seen[0]
+    for s, now in enumerate(seen[1:]):
+        decay = min(0.3, (s + 1) / (s + 10))
+        average = {k: decay * average[k] + (1 - decay) * now[k] for k in average}
+    assert all(torch.allclose(saved[k], average[k], atol=1e-6) for k in average)
+    assert not torch.allclose(saved["head.head.weight"], seen[-1]["head.head.weight"], atol=1e-4)
+
+
+def test_the_held_out_loss_is_that_of_the_exported_weights(world, reference):
+    cfg = full_config(world, reference)
+    clips, net = Clips(cfg), model.load(reference)
+    losses = []
+    for place, i in enumerate(clips.held_out):
+        batch = clips.batch([(i, ("held out", place))], clips.sizes(None), held_out=True)
+        with torch.no_grad():
+            losses.append(clip_losses(errors(cfg, net, batch), batch.mask).item())
+    assert lines(reference)[-1]["held_out"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_the_log_says_what_was_computed(world, tmp_path):
+    cfg = config(world, tmp_path / "out", steps=2, log_every=2, lr=1e-12)
+    run(cfg)
+    clips, net = Clips(cfg), model.load(world / "init")
+    noise, chunk, loss = [[] for _ in range(10)], [[] for _ in range(5)], []
+    for p in range(12):
+        batch = clips.micro_batch((0, [p]))
+        with torch.no_grad():
+            error = errors(cfg, net, batch)[0]
+        loss.append(error.mean().item())
+        for f in range(15):
+            noise[min(int(batch.t[0, f] / 100), 9)].append(error[f].item())
+            chunk[f // 3].append(error[f].item())
+    [line] = [line for line in lines(tmp_path / "out") if "loss" in line]
+    assert line["loss"] == pytest.approx(sum(loss) / 12, rel=1e-4)
+    assert line["by_chunk"] == pytest.approx([sum(x) / len(x) for x in chunk], rel=1e-4)
+    assert line["by_noise"] == [pytest.approx(sum(x) / len(x), rel=1e-4) if x else None for x in noise]
+
+
+def test_it_learns(world, tmp_path):
+    """Clips of one colour each: 200 steps must halve the held-out loss."""
+    fill(tmp_path / "agg", ["seed"] * 64, smooth=True)
+    run(config(world, tmp_path / "out", steps=200, batch=4, micro=4, lr=3e-3, held_out=8, log_every=20,
+               eval_every=200, save_every=1000, data=tmp_path / "agg"))
+    held = [line["held_out"] for line in lines(tmp_path / "out") if "held_out" in line]
+    print(held)
+    assert held[1] < 0.5 * held[0]
+
+
+def test_previews(tmp_path, world):
+    toy.make_wan(tmp_path / "wan")
+    fill(tmp_path / "agg", ["seed"] * 4, shape=(6, 16, 4, 4))
+    for mode in ("full", "df"):
+        run(Config(str(tmp_path / "agg"), str(tmp_path / "wan"), str(tmp_path / mode), steps=1, batch=2,
+                   held_out=2, mode=mode, preview_every=1, device="cpu"))
+        names = sorted(p.name for p in (tmp_path / mode / "preview").iterdir())
+        assert names == [f"step-{s:06d}{x}" for s in (0, 1) for x in ("-0.mp4", "-1.mp4", ".png")]
+        video = data.probe(tmp_path / mode / "preview" / names[0])
+        assert (video.frames, video.width, video.height, video.fps) == (21, 32, 32, 16)
+        assert data.read_image(tmp_path / mode / "preview/step-000001.png").shape[2] == 2 * (128 + 4)
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
+    fill(tmp_path / "agg_0", ["seed"] * 12 + ["corrective"] * 12)
+    cfg = config(tmp_path, tmp_path / "out", steps=20, log_every=5, save_every=1, held_out=0)
+    cfg.init = str(world / "init")
+    cfg.corrective_share = 0.5  # a corrective clip of each two: the 4th of them comes in step 2
+    clips = Clips(cfg)
+    bad = clips.store[clips.at(7)]["id"]
+    assert bad not in [clips.store[clips.at(p)]["id"] for p in range(6)]
+    data.write_clip(tmp_path / "agg_0", bad, torch.full(SHAPE, torch.inf), torch.zeros(3, 64), "x", "y")
+    with pytest.raises(UserError, match=rf"step 2: .*\n.*not finite on {bad}; .*step-1"):
+        run(cfg)
+    assert not (tmp_path / "out/config.json").exists()
+    assert [step for step, _ in train_df.checkpoints(tmp_path / "out")] == [1]
+
+
+def test_a_broken_step_leaves_the_weights(world, tmp_path):
+    cfg = train_df.complete(config(world, tmp_path, ema=0.5), common.start_ranks("cpu"))
+    ranks = common.Ranks(0, 1, torch.device("cpu"))
+    clips = Clips(cfg)
+    state = train_df.begin(cfg, clips, ranks)
+    good = clips.micro_batch((0, range(3)))
+    bad = good._replace(x0=good.x0 * torch.inf)
+    before = [p.detach().clone() for p in state.weights.values()]
+    train_df.train_step(cfg, state, iter([(0, good), (0, bad)]), 0, ranks)
+    train_df.train_step(cfg, state, iter([(0, good), (0, good)]), 1, ranks)
+    assert int(state.broken) == 0, "the first broken step is remembered"
+    assert all(torch.equal(p, q) for p, q in zip(state.weights.values(), before, strict=True))
+
+
+def test_corrupt_clips(world, tmp_path):
+    shutil.copytree(world / "agg_0", tmp_path / "agg_0")
+    (tmp_path / "agg_0/clips/c3.safetensors").write_bytes(b"nothing")
+    cfg = config(tmp_path, tmp_path / "out", steps=3, held_out=0)
+    cfg.init = str(world / "init")
+    with pytest.raises(UserError, match="c3.safetensors is truncated(.|\n)*--skip-bad"):
+        run(cfg)
+    cfg.skip_bad = True
+    run(cfg)
+    clips = Clips(cfg)
+    skipped = [sum(clips.at(p) == 3 for p in range(s * 6, s * 6 + 6)) for s in range(3)]
+    told = [line.get("skipped", 0) for line in lines(tmp_path / "out") if "loss" in line]
+    assert told == skipped and sum(skipped) > 0
+
+
+def test_a_run_is_another_if_its_data_or_flags_are(world, tmp_path):
+    run(config(world, tmp_path / "out", steps=1))
+    for flags, message in ((dict(seed=1), "seed = 0, not 1"), (dict(data="agg_1"), "data = "),
+                           (dict(mode="tf"), "mode = df, not tf"), (dict(batch=3), "batch = 6, not 3")):
+        with pytest.raises(UserError, match="begun with " + message):
+            run(config(world, tmp_path / "out", steps=1, **flags))
+
+
+@pytest.mark.parametrize("flags,message", [
+    (dict(steps=0), "--steps 0: 1 is the least"), (dict(drop=1.5), "--drop 1.5: a share"),
+    (dict(corrective_share=-1.0), "--corrective-share -1"), (dict(ema=1.0), "--ema 1.0"),
+    (dict(corrective_share=0.5), "0 corrective clips to train on"), (dict(held_out=12), "12 held out: too"),
+    (dict(data="agg_1", mode="full"), "seed clips alone"), (dict(mode="full", image_first=1.0), "alone"),
+    (dict(preview_every=5), "Previews need a VAE"), (dict(init="nowhere"), "nowhere"),
+    (dict(data="short", seed_prefix=0.1), "nothing left to learn"), (dict(data="ragged"), "no multiple of 3"),
+    (dict(data="wide"), "takes 4, and"), (dict(data="words"), "text of width 32"),
+    (dict(data="bare"), "empty.safetensors is missing"), (dict(data="rolled"), "a rollout is not"),
+    (dict(data="nothing"), "not a clip store"),
+])
+def test_refusals(world, tmp_path, flags, message):
+    odd = {"short": ((12, 4, 4, 4), 64, "seed"), "ragged": ((7, 4, 4, 4), 64, "seed"),
+           "wide": ((15, 8, 4, 4), 64, "seed"), "words": (SHAPE, 32, "seed"), "bare": (SHAPE, 64, "seed"),
+           "rolled": (SHAPE, 64, "rollout")}
+    if flags.get("data") in odd:
+        shape, words, kind = odd[flags["data"]]
+        fill(tmp_path / flags["data"], [kind] * 3, shape, words)
+    if flags.get("data") == "bare":
+        (tmp_path / "bare/empty.safetensors").unlink()
+    flags = dict(flags)
+    cfg = config(world, tmp_path / "out", **({k: v for k, v in flags.items() if k not in ("data", "init")}))
+    if "data" in flags:
+        here = flags["data"].startswith("agg")
+        cfg.data = str((world if here else tmp_path) / flags["data"])
+    cfg.init = flags.get("init", cfg.init)
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        run(cfg)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_model_that_sees_the_future_is_refused(world, tmp_path, monkeypatch):
+    everything = model.causal_layout
+
+    def blind(sizes, per_frame, start=0):
+        return everything((sum(sizes),), per_frame, start)
+    monkeypatch.setattr(model, "causal_layout", blind)
+    with pytest.raises(UserError, match="not causal"):
+        run(config(world, tmp_path / "out"))
+
+
+def test_batches_that_cannot_be_shared(world, tmp_path):
+    done = subprocess.run(command(config(world, tmp_path / "out", batch=5), 2), env=ENV, capture_output=True,
+                          text=True)
+    assert done.returncode and "--batch 5 cannot be shared by 2 processes; use 4 or 6" in done.stderr
