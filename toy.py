@@ -9,7 +9,9 @@ and told by nobody: the prompt cannot put right what drifts. The renderer is exa
 """
 
 import colorsys
+import functools
 import io
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ import vae
 SHAPES = ("disc", "ring", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SIZE, FRAMES, FPS = 32, 81, 16
+EDGE = 2  # pixels over which a sprite's outline fades
 VAE_FILE = Path(__file__).with_name("toy_vae.safetensors")
 
 
@@ -35,7 +38,7 @@ class Config:
     out: str = "toy"  # where videos/ and wan/ go
     clips: int = 600  # videos to draw
     seed: int = 0  # of the clips and of the networks' first weights
-    train_vae: bool = False  # instead: train the tiny VAE anew into toy_vae.safetensors, for 15 minutes
+    train_vae: bool = False  # instead: train the tiny VAE anew into toy_vae.safetensors, for an hour
 
 
 def main(cfg: Config):
@@ -91,7 +94,7 @@ def caption(world: World) -> str:
 
 
 def render(world: World, frames: int, start: int = 0) -> torch.Tensor:
-    """[T, 3, SIZE, SIZE] in [-1, 1], exact at any time; the sprite's edge is one pixel soft."""
+    """[T, 3, SIZE, SIZE] in [-1, 1], exact at any time."""
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
     background = world.base.view(3, 1, 1).expand(3, SIZE, SIZE)
     for wave, (fx, fy), phase in zip(world.waves, world.frequencies, world.phases, strict=True):
@@ -102,7 +105,7 @@ def render(world: World, frames: int, start: int = 0) -> torch.Tensor:
               zip(world.place, DIRECTIONS[world.direction], strict=True))
     u = (x - cx.view(-1, 1, 1) + SIZE / 2) % SIZE - SIZE / 2  # [T, SIZE, SIZE], from the sprite's centre
     v = (y - cy.view(-1, 1, 1) + SIZE / 2) % SIZE - SIZE / 2
-    inside = (0.5 - outline(world.shape, u, v, world.radius)).clamp(0, 1).unsqueeze(1)
+    inside = (0.5 - outline(world.shape, u, v, world.radius) / EDGE).clamp(0, 1).unsqueeze(1)
     return (background * (1 - inside) + world.color.view(3, 1, 1) * inside).clamp(-1, 1)
 
 
@@ -152,7 +155,7 @@ def tiny_t5(seed: int) -> t5.Encoder:
 # ----------------------------------------------------------------------------------------------------
 # the tiny VAE: training it takes longer than all else here, so its weights are shipped
 
-IMAGE_STEPS, CLIP_STEPS = 400, 1000
+IMAGE_STEPS, CLIP_STEPS = 3000, 2000
 
 
 def train_vae(seed: int):
@@ -161,7 +164,6 @@ def train_vae(seed: int):
     torch.set_num_threads(1)  # the same bits however many cores there are
     network = vae.WanVAE(width=16, multipliers=(1, 1, 2, 2), blocks=1, z_dim=16)
     prepare_weights(network)
-    clips = torch.stack([render(draw_world(seed, i), FRAMES) for i in range(600)])         # [600, T, 3, H, W]
     steps = IMAGE_STEPS + CLIP_STEPS
     for step in range(steps):
         in_images = step < IMAGE_STEPS
@@ -171,8 +173,7 @@ def train_vae(seed: int):
         warmup, decay = min(1, (begun + 1) / 50), (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = (2.5e-3 if in_images else 6e-4) * warmup * decay
         batch, frames = (32, 1) if in_images else ((32, 1), (4, 17), (4, 17), (2, 33))[step % 4]
-        start = int(torch.randint(FRAMES - frames + 1, ()))
-        video = clips[torch.randint(len(clips), (batch,)), start:start + frames]
+        video = draw_clips(range(step * 32, step * 32 + batch), frames)
         mean, _ = network.posterior(video)
         # a little noise and a pull towards zero, in place of a learned variance, keep the latents smooth
         again = network.reconstruct(mean + 0.05 * torch.randn_like(mean))
@@ -185,10 +186,15 @@ def train_vae(seed: int):
             quality = held_out_psnr(network)
             print(f"step {step}/{steps} | loss {loss.item():.5f} | held-out {quality:.2f} dB", flush=True)
     with torch.no_grad():
-        latents = network.posterior(clips[:100])[0]
+        latents = network.posterior(draw_clips(range(100), FRAMES))[0]
     network.latents_mean = latents.mean((0, 1, 3, 4)).tolist()
     network.latents_std = latents.std((0, 1, 3, 4)).tolist()
     vae.save(network.to(torch.bfloat16), VAE_FILE)  # half the bytes
+
+
+def draw_clips(which, frames: int) -> torch.Tensor:
+    """[B, frames, 3, SIZE, SIZE] from worlds that no video of toy/ shows."""
+    return torch.stack([render(draw_world("vae", i), frames) for i in which])
 
 
 @torch.no_grad()
@@ -216,9 +222,137 @@ def prepare_weights(network):
 @torch.no_grad()
 def held_out_psnr(network, clips: int = 8) -> float:
     """dB, of whole clips that no training saw."""
-    video = torch.stack([render(draw_world(-1, i), FRAMES) for i in range(clips)])
+    video = draw_clips(range(-clips, 0), FRAMES)
     again = network.reconstruct(network.posterior(video)[0]).clamp(-1, 1)
     return -10 * ((again - video) / 2).square().mean((1, 2, 3, 4)).log10().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# reading it back: which world a frame shows, whatever has become of it
+
+READINGS = {
+    "sprite": "share of frames that show a sprite",
+    "shape": "share of frames that show a sprite of the shape the prompt names",
+    "direction": "share of moments at which the sprite moved, over the last second, where the prompt says",
+    "colour": "how far the sprite's colour is from the first chunk's, in grey levels",
+    "background": "how far the background is from the first chunk's, in grey levels",
+}
+# A sprite is there if it explains so much of what no background can, and stands out so far from it. Without
+# one, the best fit to noise or to a VAE's blur may reach 0.15 and 0.4
+EXPLAINED, CONTRAST = 0.2, 0.25
+WAVES = 24  # as many components hold any background to a thousandth
+GRAIN = 0.05  # what a pixel may be off: keeps a fit from inventing what the sprite hides
+
+
+class Stamps(NamedTuple):
+    """Sprites as render draws them, around pixel (0, 0), a row for each shape, radius and blur."""
+    shape: torch.Tensor
+    radius: torch.Tensor
+    masks: torch.Tensor  # [N, SIZE, SIZE]
+    spectra: torch.Tensor  # [2, N, 1, SIZE, SIZE // 2 + 1], of the masks and of their squares, conjugated
+
+
+@functools.cache
+def stamps(radii: tuple, blurs: tuple) -> Stamps:
+    ink = draw_world("stamp", 0)._replace(base=-torch.ones(3), waves=torch.zeros(2, 3), color=torch.ones(3),
+                                          place=torch.zeros(2))
+    frequency = torch.fft.fftfreq(SIZE).square().view(-1, 1) + torch.fft.rfftfreq(SIZE).square()
+    kinds, masks = list(itertools.product(range(len(SHAPES)), radii, blurs)), []
+    for shape, radius, blur in kinds:
+        sharp = (render(ink._replace(shape=SHAPES[shape], radius=radius), 1)[0, 0] + 1) / 2
+        blurred = torch.fft.rfft2(sharp) * torch.exp(-2 * (math.pi * blur)**2 * frequency)
+        masks.append(torch.fft.irfft2(blurred).clamp(0, 1))
+    shape, radius, _ = torch.tensor(kinds).T
+    masks = torch.stack(masks)
+    spectra = torch.fft.rfft2(torch.stack([masks, masks**2])).conj().unsqueeze(2)
+    return Stamps(shape.long(), radius, masks, spectra)
+
+
+@functools.cache
+def background_basis() -> torch.Tensor:
+    """[P, WAVES], P pixels: what backgrounds are made of, each component as large as it usually is."""
+    worlds = [draw_world("background", i)._replace(shape="disc", radius=-SIZE) for i in range(100)]
+    rows = torch.cat([render(world, 1)[0].flatten(1) for world in worlds])
+    _, sizes, components = torch.linalg.svd(rows, full_matrices=False)
+    return (components * sizes.unsqueeze(1) / len(rows)**0.5)[:WAVES].T.contiguous()
+
+
+def fit_background(y, weights):
+    """y [T, 3, P], weights [T, P] -> the nearest background [T, 3, P]"""
+    basis = background_basis()
+    products = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)  # [P, WAVES * WAVES]
+    return (basis @ ridge((weights @ products).unflatten(1, (WAVES, WAVES)),
+                          ((weights.unsqueeze(1) * y) @ basis).mT)).mT
+
+
+def ridge(gram, right):
+    return torch.linalg.solve(gram + GRAIN**2 * torch.eye(gram.shape[-1]), right)
+
+
+def best_stamp(y, background, choice: Stamps):
+    """(index, place, mask [T, P]) of the stamp that explains most, in its best place and colour. As
+    y = (1 - mask) background + mask colour, what each explains at every place is a sum of correlations."""
+    def correlate(with_mask, with_square):  # [T, C, P] each -> [T, N, C, P]
+        sums = (choice.spectra[i] * torch.fft.rfft2(x.unflatten(2, (SIZE, SIZE))).unsqueeze(1)
+                for i, x in enumerate((with_mask, with_square)))
+        return torch.fft.irfft2(sum(sums)).flatten(3)
+
+    extra = y - background
+    hues = correlate(extra, background).square().sum(2)
+    cost = correlate(2 * (extra * background).sum(1, True), background.square().sum(1, True)).squeeze(2)
+    explained = hues / choice.masks.square().sum((1, 2)).unsqueeze(1) - cost  # [T, N, P]
+    best, places = explained.max(2)
+    index = best.argmax(1)
+    place = places.gather(1, index.unsqueeze(1))  # [T, 1]
+    down, right = (torch.arange(SIZE) - part for part in (place // SIZE, place % SIZE))
+    mask = choice.masks[index.view(-1, 1, 1), down.unsqueeze(2) % SIZE, right.unsqueeze(1) % SIZE]
+    return index, torch.cat([place % SIZE, place // SIZE], 1), mask.flatten(1)
+
+
+def fit(frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each frame, uint8 [T, 3, SIZE, SIZE], shows: its background, and the sprite that best explains
+    the rest, with how much of it (0..1) and how far it stands out from its surroundings (0..3.5)."""
+    y = data.to_float(frames).flatten(2)  # [T, 3, P]
+    plain = background = fit_background(y, torch.ones(len(y), SIZE**2))
+    for _ in range(2):  # a sprite is an outlier: the further off a pixel is, the less it counts
+        off = (y - background).square().sum(1)
+        usual = off.median(1, keepdim=True).values.clamp(min=1e-4)
+        background = fit_background(y, (1 + off / (4 * usual))**-2)
+    _, _, mask = best_stamp(y, background, stamps((5.0, 6.0, 7.0), (1.5,)))
+    background = fit_background(y, (mask < 0.1).float())  # now without what the likeliest sprite covers
+    choice = stamps((4.5, 5.2, 5.9, 6.6, 7.3, 8.0), (0.0, 1.0, 2.0))
+    index, place, mask = best_stamp(y, background, choice)
+    basis, mask = background_basis(), mask.unsqueeze(2)
+    design = torch.cat([(1 - mask) * basis, mask], 2)  # the background and the sprite's colour, together
+    solution = ridge(design.mT @ design, design.mT @ y.mT)  # [T, WAVES + 1, 3]
+    background, colour = basis @ solution[:, :-1], solution[:, -1]
+    left = (y.mT - design @ solution).square().sum((1, 2)) / (y - plain).square().sum((1, 2))
+    gap = (background - colour.unsqueeze(1)).norm(dim=2, keepdim=True)
+    small = torch.nn.functional.avg_pool2d(background.mT.unflatten(2, (SIZE, SIZE)), 4)  # smooth as it is
+    return {"explained": 1 - left, "contrast": ((gap * mask).sum(1) / mask.sum(1)).squeeze(1),
+            "shape": choice.shape[index], "radius": choice.radius[index], "place": place.float(),
+            "colour": colour, "background": small}
+
+
+def judge(reading: dict[str, torch.Tensor], prompt: str) -> dict[str, torch.Tensor]:
+    """READINGS of each frame, from fit's results for a whole video; nan where there is nothing to judge."""
+    seen = (reading["explained"] >= EXPLAINED) & (reading["contrast"] >= CONTRAST)
+    words, none = prompt.lower().replace(".", " ").split(), torch.full(seen.shape, math.nan)
+    shape = next((i for i, name in enumerate(SHAPES) if name in words), None)
+    way = next((torch.tensor(step) for name, step in DIRECTIONS.items() if name in words), None)
+    right = none if shape is None else (seen & (reading["shape"] == shape)).float()
+    first = torch.arange(len(seen)) < 9  # frames of the first chunk
+    moves = none.clone()
+    if way is not None:
+        way = -way if "reversed" in words else way
+        step = (reading["place"][FPS:] - reading["place"][:-FPS] + SIZE / 2) % SIZE - SIZE / 2
+        along, across = (step * way).sum(1), (step * way.flip(0)).sum(1).abs()
+        moves[FPS:] = (seen[FPS:] & seen[:-FPS] & (along > across) & (along > 0.1 * FPS)).float()
+    colour, background = reading["colour"], reading["background"].flatten(1)
+    colour = 127.5 * (colour - colour[first & seen].mean(0)).abs().mean(1)
+    background = 127.5 * (background - background[first].mean(0)).abs().mean(1)
+    return {"sprite": seen.float(), "shape": right, "direction": moves,
+            "colour": torch.where(seen, colour, none), "background": background}
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_sprites_have_their_shape(shape, area):
     assert covered.item() == pytest.approx(area * 49, rel=0.05)
 
 
-def test_the_vae_reaches_25_db_on_held_out_clips(wan):
+def test_the_vae_reaches_28_db_on_held_out_clips(wan):
     network = vae.load(wan)
     worlds = [toy.draw_world(12345, i) for i in range(6)]
     video = torch.stack([toy.render(w, toy.FRAMES) for w in worlds])
@@ -64,7 +64,7 @@ def test_the_vae_reaches_25_db_on_held_out_clips(wan):
     error = ((network.decode(z) - video) / 2).square().mean((1, 2, 3, 4))
     psnr = (-10 * error.log10()).mean().item()
     print(f"{psnr:.2f} dB")
-    assert psnr >= 25
+    assert psnr >= 28
     assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.4, "latents are normalised"
     assert toy.VAE_FILE.stat().st_size <= 2 * 2**20
 

@@ -1,0 +1,245 @@
+"""Stage 3: agg_k/ + rollout_k/ -> agg_{k+1}/, the clips so far and the rollouts played backwards.
+
+    python aggregate.py --data agg_0 --rollouts rollout_0 --out agg_1
+    torchrun --nproc-per-node 8 aggregate.py ...            the same on 8 GPUs
+
+A rollout drifts from real to wrong. Backwards it is a video that comes right, and its prompt says that it is
+reversed. The clips so far are referred to where they are, not copied. Killed and started again it continues.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import t5
+import vae
+from common import UserError, print0
+
+CHUNK = 3  # latent frames; a rollout's first chunk is real
+GEOMETRY = ("latents", "width", "height", "frames", "fps", "vae", "t5")  # all clips of a store share these
+
+
+@dataclass
+class Config:
+    data: str  # agg_k, the clips so far
+    rollouts: str  # rollout_k, which becomes corrective clips of round k + 1
+    out: str  # agg_{k+1}; beside --data, since it refers to those clips by relative path
+    wan: str | None = None  # Wan directory: its VAE, text encoder and tokenizer (default: that of --data)
+    template: str = "A reversed video of {}"  # the new prompt; {} is the old one, in lower case at first
+    rewrite: bool = True  # the prompt; an ablation keeps it as it is
+    # what is played backwards; latents, an ablation, is wrong: each holds 4 frames, which stay in their order
+    flip: Literal["pixels", "latents"] = "pixels"
+    # an ablation: the --videos of prepare.py, whose own pixels replace what the VAE shows of a rollout's real
+    # frames
+    paste_real: str | None = None
+    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+
+
+def main(cfg: Config):
+    ranks = common.start_ranks(cfg.device)
+    clips, rollouts, out = data.Clips(cfg.data), data.Clips(cfg.rollouts), Path(cfg.out)
+    cfg = replace(cfg, wan=cfg.wan or clips.meta()["wan"],
+                  dtype=cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    check(cfg, clips, rollouts)
+    entries = [entry(cfg, rollout) for rollout in rollouts]
+    check_new(cfg, clips, rollouts, entries)
+    describe(cfg, clips, rollouts, out, ranks)
+    todo = [j for j in range(ranks.rank, len(entries), ranks.world)
+            if not data.clip_file(out, entries[j]["id"]).exists()]
+    print0(f"{len(entries)} rollouts; {len(todo)} to reverse"
+           + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
+    try:
+        # one network at a time: the text encoder alone is 11 GB
+        if cfg.rewrite:
+            encode_prompts(cfg, [entries[j] for j in todo], out, ranks)
+        reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks)
+        finish(clips, entries, out, ranks)
+    except OSError as error:
+        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
+        raise UserError(f"{error}\n{kept} finished clips are kept in {out}; mend that and run the same "
+                        "command to continue") from None
+    counts = Counter(clips.kinds) + Counter(corrective=len(entries))
+    print0(f"{counts.total()} clips in {out}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+
+
+# ----------------------------------------------------------------------------------------------------
+# the method: what is drifted -> real, and its prompt
+
+def reverse(latents: torch.Tensor, coder: vae.WanVAE, flip="pixels", real=None) -> torch.Tensor:
+    """A rollout [B,F,C,H,W] played backwards: decoded, turned round in time, encoded.
+
+    The VAE is causal: latent 0 holds frame 0 alone, latent n frames 4n - 3..4n. Of 81 frames, 0-8 are real:
+
+        forward     0-8     9-20    21-32   33-44   45-56   57-68   69-80    chunks 0..6
+        backward    80-72   71-60   59-48   47-36   35-24   23-12   11-0     4 of clean prefix, 3 with loss
+
+    Backwards, latent 18 holds frames 11, 10, 9 and 8, and only 19 and 20 are all real. No latent of one is
+    a latent of the other: flipping latents is something else. Pixels stay unrounded floats in between.
+    real [B,T,3,H,W] takes the place of the first frames decoded.
+    """
+    if flip == "latents":
+        return latents.flip(1)
+    video = coder.decode(latents)  # [B,T,3,H,W]
+    if real is not None:
+        video[:, :real.shape[1]] = real
+    return coder.encode(video.flip(1))
+
+
+def rewritten(prompt: str, template: str) -> str:
+    return template.replace("{}", prompt[:1].lower() + prompt[1:])
+
+
+def entry(cfg: Config, rollout: dict) -> dict:
+    """The corrective clip of a rollout: made by model_k, it first trains model_{k+1}, which is its round."""
+    assert rollout["kind"] == "rollout", f"{rollout['id']} is reversed already"
+    id = f"{rollout['id']}-reversed"
+    prompt = rewritten(rollout["prompt"], cfg.template) if cfg.rewrite else rollout["prompt"]
+    return {"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "kind": "corrective",
+            "round": rollout["round"] + 1, "source": rollout["id"]}
+
+
+# ----------------------------------------------------------------------------------------------------
+# around it
+
+def check(cfg: Config, clips: data.Clips, rollouts: data.Clips):
+    """Does all fit together?"""
+    out = Path(cfg.out).resolve()
+    for flag, store in (("--data", clips), ("--rollouts", rollouts)):
+        if out == store.folder.resolve():
+            raise UserError(f"--out {cfg.out} is {flag} too; the new clips need a folder of their own")
+    if not clips.root.is_relative_to(out.parent):
+        raise UserError(f"--out {cfg.out} cannot refer to the clips of {cfg.data}, which are not beside it; "
+                        f"choose a folder in {clips.root}")
+    if "{}" not in cfg.template:
+        raise UserError(f"--template {cfg.template!r} has no {{}}, which stands for the old prompt")
+    if cfg.paste_real and cfg.flip == "latents":
+        raise UserError("--paste-real and --flip latents are both given; without pixels there is nowhere to "
+                        "paste")
+    if not (clips.folder / "empty.safetensors").exists():
+        raise UserError(f"{clips.folder / 'empty.safetensors'} is missing; run prepare.py again, or copy it "
+                        "from agg_0")
+    if other := set(rollouts.kinds) - {"rollout"}:
+        raise UserError(f"{cfg.rollouts} holds {other.pop()} clips; give --rollouts what rollout.py makes")
+    made, meta = rollouts.meta(), clips.meta()
+    for key in GEOMETRY:
+        if made[key] != meta[key]:
+            raise UserError(f"{cfg.rollouts} was made with {key} = {made[key]}, {cfg.data} with {meta[key]}; "
+                            "aggregate rollouts of the same data")
+    if len(rollouts) < made["count"]:
+        raise UserError(f"{cfg.rollouts} holds {len(rollouts)} of {made['count']} rollouts; to finish it, "
+                        f"run again\n{shlex.join(made['command'])}")
+    for key, files in (("vae", vae.find(Path(cfg.wan))[0]), ("t5", t5.find_weights(cfg.wan))):
+        if common.fingerprint(*files) != meta[key]:
+            raise UserError(f"{cfg.wan} has another {key} than {cfg.data} was made with; give --wan "
+                            f"{meta['wan']}")
+
+
+def check_new(cfg, clips, rollouts, entries):
+    kinds = {clip["id"]: clip["kind"] for clip in clips}
+    for rollout, new in zip(rollouts, entries, strict=True):
+        if new["id"] in kinds:
+            raise UserError(f"{cfg.data} has a clip {new['id']} already: {cfg.rollouts} is part of it, or "
+                            "was made with the --round of another that is")
+        if kinds.get(rollout["source"]) != "seed":
+            raise UserError(f"{cfg.rollouts} continues clip {rollout['source']}, which is no seed clip of "
+                            f"{cfg.data}; aggregate rollouts of the same data")
+
+
+def describe(cfg, clips, rollouts, out, ranks):
+    """meta.json says how all new clips are made; what exists already must be made the same way."""
+    before = clips.meta()
+    meta = {key: before[key] for key in (*GEOMETRY, "seed")} | {
+        "wan": str(Path(cfg.wan).resolve()),
+        "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
+        "rollouts": str(rollouts.folder.resolve()),
+        "rollouts_fingerprint": common.fingerprint(rollouts.index), "round": rollouts.meta()["round"] + 1,
+        "template": cfg.template, "rewrite": cfg.rewrite, "flip": cfg.flip,
+        "paste_real": cfg.paste_real and str(Path(cfg.paste_real).resolve()), "dtype": cfg.dtype}
+    if ranks.rank == 0:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        if (out / "meta.json").exists():
+            before = common.read_json(out / "meta.json")
+            for key, value in meta.items():
+                if before.get(key) != value:
+                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
+                                    "choose another --out, or remove it")
+        else:
+            data.write_meta(out, meta | {"command": sys.argv})
+    dist.barrier()
+
+
+def encode_prompts(cfg, entries, out, ranks):
+    """As in prepare.py, text embeddings wait in text/ until their clip is there."""
+    todo = [new for new in entries if not text_file(out, new["id"]).exists()]
+    if not todo:
+        return
+    (out / "text").mkdir(exist_ok=True)
+    encoder = t5.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
+    with common.progress(len(todo), "prompts", ranks) as bar:
+        for first in range(0, len(todo), 16):
+            some = todo[first:first + 16]
+            for new, text in zip(some, encoder.encode([new["prompt"] for new in some]), strict=True):
+                data.write_text_embedding(text_file(out, new["id"]), text)
+            bar.update(len(some))
+
+
+def text_file(out: Path, id: str) -> Path:
+    return out / "text" / f"{id}.safetensors"
+
+
+def reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks):
+    coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
+    videos = {source.id: source.path for source in data.find_clips(cfg.paste_real)} if cfg.paste_real else {}
+    with common.progress(len(todo), "clips", ranks) as bar:
+        for j in todo:
+            rollout, new = rollouts.load(j), entries[j]
+            real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
+            latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
+            text = data.read_text_embedding(text_file(out, new["id"])) if cfg.rewrite else rollout["text"]
+            data.write_clip(out, new["id"], latents, text, new["prompt"], new["source"])
+            text_file(out, new["id"]).unlink(missing_ok=True)
+            bar.update()
+
+
+def read_real(cfg, videos, id, meta, coder) -> torch.Tensor:
+    """[1,T,3,H,W], the first chunk of a seed clip: the very crop that prepare.py made."""
+    if id not in videos:
+        raise UserError(f"--paste-real {cfg.paste_real} has no video of clip {id}; give what prepare.py was "
+                        "given as --videos")
+    video = data.probe(videos[id])
+    start = data.random_start(video, meta["frames"], meta["fps"], meta["seed"], id)
+    size = meta["width"], meta["height"]
+    return data.to_float(data.read_clip(video, coder.frame_count(CHUNK), meta["fps"], size, start)[None])
+
+
+def finish(clips, entries, out, ranks):
+    """The index comes last: a store that has one is whole. Line by line, for there may be 100,000s."""
+    dist.barrier()
+    if ranks.rank == 0:
+        shutil.rmtree(out / "text", ignore_errors=True)
+        for torn in out.rglob(".*.tmp"):  # by whoever was killed
+            torn.unlink()
+        with common.replacing(out / "empty.safetensors") as temporary:
+            shutil.copyfile(clips.folder / "empty.safetensors", temporary)
+        with common.replacing(out / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+            here = out.resolve()
+            for old in clips:
+                f.write(data.as_lines([old | {"file": os.path.relpath(clips.locate(old), here)}]))
+            f.write(data.as_lines(entries))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

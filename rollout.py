@@ -1,0 +1,240 @@
+"""Stage 2: model_k/ + agg_k/ -> rollout_k/, real first chunks continued by the model itself, drift and all.
+
+    python rollout.py --model model_0 --data agg_0 --out rollout_0 --round 0
+    torchrun --nproc-per-node 8 rollout.py ...              the same on 8 GPUs
+
+Killed and started again it continues. A rollout is a function of (seed, round, clip), whatever the batch, the
+number of GPUs and --count: a larger one, into another --out, makes the same rollouts first.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import diffusion
+import model
+import vae
+from common import UserError, print0
+
+CHUNK = 3  # latent frames: 9 real frames begin a rollout
+GEOMETRY = ("latents", "width", "height", "frames", "fps", "wan", "vae", "t5")  # of --data's meta.json
+
+
+@dataclass
+class Config:
+    model: str  # model_k
+    data: str  # agg_k; only its seed clips, those of agg_0, are rolled out
+    out: str  # where the rollouts go
+    count: int | None = None  # seed clips to roll out (default: half of them)
+    round: int = 0  # k; every round draws other clips and other noise
+    # Wan directory, for its VAE (default: what the model's config.json says, else where --data's came from)
+    wan: str | None = None
+    seed: int = 0  # picks are a function of (seed, round), noise of (seed, round, clip, chunk)
+    batch: int = 1  # rollouts made at once, which does not change them
+    steps: int = 20  # of the solver, for each chunk
+    guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
+    shift: float = 8.0  # of the noise levels, as in training
+    solver: Literal["euler", "unipc"] = "euler"  # of the flow
+    previews: int = 16  # rollouts to show in preview.png
+    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+
+
+def main(cfg: Config):
+    ranks = common.start_ranks(cfg.device)
+    dtype = cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    clips, out = data.Clips(cfg.data), Path(cfg.out)
+    wan, null = check(cfg, clips)
+    picks = pick(cfg, clips)
+    entries = [entry(clips[i], cfg.round) for i in picks]
+    describe(cfg, clips, len(picks), dtype, out, ranks)
+    todo = [j for j in range(ranks.rank, len(picks), ranks.world)
+            if not data.clip_file(out, entries[j]["id"]).exists()]
+    print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {len(todo)} to roll out"
+           + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
+    try:
+        make(cfg, clips, picks, entries, todo, null, out, ranks, getattr(torch, dtype))
+        finish(entries, out, ranks)
+    except OSError as error:
+        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
+        raise UserError(f"{error}\n{kept} finished rollouts are kept in {out}; mend that and run the same "
+                        "command to continue") from None
+    report_drift(data.Clips(out), ranks)
+    if ranks.rank == 0 and cfg.previews:
+        preview(cfg, data.Clips(out), vae.load(wan, ranks.device, getattr(torch, dtype)))
+    print0(f"{len(picks)} rollouts in {out}" + f", shown in {out / 'preview.png'}" * (cfg.previews > 0))
+
+
+# ----------------------------------------------------------------------------------------------------
+# the method: which clips, and what becomes of them
+
+def pick(cfg: Config, clips: data.Clips) -> list[int]:
+    """M seed clips without replacement: the first M of a permutation drawn anew every round."""
+    seeds = [i for i, kind in enumerate(clips.kinds) if kind == "seed"]
+    count = max(1, len(seeds) // 2) if cfg.count is None else cfg.count
+    if not 1 <= count <= len(seeds):
+        raise UserError(f"--count {count}: {cfg.data} has {len(seeds)} seed clips; a round rolls out 1 at "
+                        "least, and each at most once")
+    order = torch.randperm(len(seeds), generator=common.rng(cfg.seed, "rollout", cfg.round))
+    return [seeds[i] for i in order[:count]]
+
+
+def roll_out(cfg: Config, net: model.WanModel, some: list[dict], null: torch.Tensor) -> torch.Tensor:
+    """Loaded clips -> [B,F,C,H,W]: their real first chunks, and F - 3 frames that the model makes of them.
+    The model's own frames are its context as they are; that is what lets it drift."""
+    real = torch.stack([clip["latents"] for clip in some])
+    frames, *shape = real.shape[1:]
+    return diffusion.generate(
+        net, [clip["text"] for clip in some], null, shape=shape, frames=frames, context=real[:, :CHUNK],
+        seed=cfg.seed, ids=[(cfg.round, clip["id"]) for clip in some], chunk=CHUNK, steps=cfg.steps,
+        shift=cfg.shift, guidance=cfg.guidance, solver=cfg.solver,
+        window=frames, keep=CHUNK, reentry="as-is")  # all in one window, as in training
+
+
+# ----------------------------------------------------------------------------------------------------
+# around it
+
+def check(cfg: Config, clips: data.Clips) -> tuple[Path, torch.Tensor]:
+    """Does all fit together? Then the Wan directory and the empty prompt's embedding."""
+    if min(cfg.batch, cfg.steps) < 1 or cfg.previews < 0:
+        raise UserError(f"--batch {cfg.batch} --steps {cfg.steps} --previews {cfg.previews}: batch and steps "
+                        "are 1 at least, previews 0")
+    if not Path(cfg.model).exists():
+        raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
+    meta, limits = clips.meta(), model.read_checkpoint(cfg.model)[1]
+    frames, channels = meta["latents"][:2]
+    if frames % CHUNK or frames < 2 * CHUNK:
+        raise UserError(f"{cfg.data} has clips of {frames} latent frames; rollouts need multiples of "
+                        f"{CHUNK}, {2 * CHUNK} at least: prepare.py --frames 81 makes 21")
+    empty = clips.folder / "empty.safetensors"
+    if not empty.exists():
+        raise UserError(f"{empty} is missing, the empty prompt that guidance leads away from; run prepare.py "
+                        "again, or copy it from agg_0")
+    null = data.read_text_embedding(empty)
+    if (channels, null.shape[1]) != (limits.in_dim, limits.text_dim):
+        raise UserError(f"{cfg.data} has latents of {channels} channels and text of width {null.shape[1]}; "
+                        f"{cfg.model} takes {limits.in_dim} and {limits.text_dim}")
+    wan = wan_directory(cfg, meta)
+    if common.fingerprint(*vae.find(wan)[0]) != meta["vae"]:
+        raise UserError(f"{wan} has another VAE than the one that made {cfg.data}; give --wan {meta['wan']}")
+    return wan, null
+
+
+def wan_directory(cfg: Config, meta: dict) -> Path:
+    folder = Path(cfg.model) if Path(cfg.model).is_dir() else Path(cfg.model).parent
+    config = folder / "config.json"
+    told = common.read_json(config).get("wan") if config.exists() else None
+    return Path(cfg.wan or (folder / told if told else meta["wan"]))
+
+
+def entry(clip: dict, round: int) -> dict:
+    id = f"{clip['id']}-round{round}"
+    return {"id": id, "file": f"clips/{id}.safetensors", "prompt": clip["prompt"], "kind": "rollout",
+            "round": round, "source": clip["id"]}
+
+
+def describe(cfg, clips, count, dtype, out, ranks):
+    """meta.json says how all rollouts here are made; what exists already must be made the same way."""
+    before = clips.meta()
+    meta = {key: before[key] for key in GEOMETRY} | {
+        "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
+        "model": str(Path(cfg.model).resolve()),
+        "model_fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
+        "seed": cfg.seed, "round": cfg.round, "count": count, "steps": cfg.steps, "guidance": cfg.guidance,
+        "shift": cfg.shift, "solver": cfg.solver, "dtype": dtype}
+    if ranks.rank == 0:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        if (out / "meta.json").exists():
+            before = common.read_json(out / "meta.json")
+            for key, value in meta.items():
+                if before.get(key) != value:
+                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
+                                    "choose another --out, or remove it")
+        else:
+            data.write_meta(out, meta | {"command": sys.argv})
+        data.append_index(out, [])  # mends the last line of a run that was killed
+    dist.barrier()
+
+
+def make(cfg, clips, picks, entries, todo, null, out, ranks, dtype):
+    if not todo:
+        return
+    net, began = model.load(cfg.model, ranks.device, dtype), time.monotonic()
+    listed = len(data.Clips(out))
+    with common.progress(len(todo), "rollouts", ranks) as bar:
+        for first in range(0, len(todo), cfg.batch):
+            places = todo[first:first + cfg.batch]
+            some = [load(cfg, clips, picks[j], net.config.text_len) for j in places]
+            for j, clip, latents in zip(places, some, roll_out(cfg, net, some, null), strict=True):
+                if not latents.to(data.LATENT_DTYPE).isfinite().all():
+                    raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
+                data.write_clip(out, entries[j]["id"], latents, clip["text"], clip["prompt"], clip["id"])
+            bar.update(len(places))
+            if ranks.rank == 0:
+                listed = list_finished(entries, out, listed)
+    rate = len(todo) / (time.monotonic() - began)
+    print0(f"{rate:.3g} rollouts/s" + f" on this rank, of {ranks.world}" * (ranks.world > 1))
+
+
+def load(cfg, clips, i: int, text_len: int) -> dict:
+    clip = clips.load(i)
+    if len(clip["text"]) > text_len:
+        raise UserError(f"the prompt of clip {clip['id']} is {len(clip['text'])} tokens; {cfg.model} takes "
+                        f"{text_len} at most")
+    return clip
+
+
+def list_finished(entries, out, listed: int) -> int:
+    """Lets the index grow in the order of the picks, so that it can be read before all is done."""
+    ready = []
+    while listed < len(entries) and data.clip_file(out, entries[listed]["id"]).exists():
+        ready.append(entries[listed])
+        listed += 1
+    data.append_index(out, ready)
+    return listed
+
+
+def finish(entries, out, ranks):
+    dist.barrier()
+    if ranks.rank == 0:
+        list_finished(entries, out, len(data.Clips(out)))
+        for torn in out.rglob(".*.tmp"):  # by whoever was killed
+            torn.unlink()
+    dist.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------
+# what a person wants to see of it
+
+def report_drift(rollouts: data.Clips, ranks):
+    """How latents change from chunk to chunk, averaged over all rollouts, whenever they were made."""
+    total = torch.zeros(rollouts.meta()["latents"][0] // CHUNK, 3, dtype=torch.float64)
+    for j in range(ranks.rank, len(rollouts), ranks.world):
+        chunks = rollouts.load(j)["latents"].unflatten(0, (-1, CHUNK))  # [chunks, 3, C, H, W]
+        stats = diffusion.drift_statistics(chunks)
+        total += torch.stack([stats["mean"], stats["std"], stats["outside"]], 1)
+    dist.all_reduce(total)
+    print0("chunk    mean    std  outside +-3   (latents; chunk 0 is real)")
+    for chunk, (mean, std, outside) in enumerate((total / len(rollouts)).tolist()):
+        print0(f"{chunk:5} {mean:+7.3f} {std:6.3f} {outside:11.2%}")
+
+
+def preview(cfg, rollouts: data.Clips, coder):
+    """A row of 8 frames for each of the first rollouts."""
+    rows = []
+    for j in range(min(cfg.previews, len(rollouts))):
+        video = coder.decode(rollouts.load(j)["latents"][None])[0]
+        rows.append(video[torch.linspace(0, len(video) - 1, 8).round().long()])
+    data.film_strip(rollouts.folder / "preview.png", rows, height=128)
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

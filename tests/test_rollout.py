@@ -1,0 +1,453 @@
+"""Stage 2: its picks, what it makes of a clip, that ranks, batches and kills leave no trace, its refusals."""
+
+import errno
+import functools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import diffusion
+import model
+import rollout
+import toy
+import vae as wan_vae
+from common import UserError
+
+SCRIPT = Path(rollout.__file__)
+PROMPTS = ("A disc moving left", "A ring moving up", "A square moving down", "A triangle moving right")
+FRAMES = 9  # latent: a real chunk and two to make
+SEEDS = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """wan/, model/ that names it, and agg_0/ with 7 seed clips of noise and 2 corrective ones in between."""
+    root = tmp_path_factory.mktemp("world")
+    toy.make_wan(root / "wan")
+    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=8)
+    net = model.WanModel(config).init_weights("rollout")
+    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=common.rng("head"))
+    model.save(net, root / "model", wan="../wan")
+    fill(root / "agg_0", root / "wan")
+    return root
+
+
+def fill(folder, wan, frames=FRAMES, channels=16, text_dim=64, kinds="scsssscss"):
+    g, entries = common.rng("clips"), []
+    for i, kind in enumerate(kinds):
+        id, prompt = f"clip{i}", PROMPTS[i % 4]
+        latents, text = (torch.randn(*shape, generator=g) for shape in
+                         [(frames, channels, 4, 4), (3 + i % 4, text_dim)])
+        data.write_clip(folder, id, latents, text, prompt, f"{id}.mp4")
+        entries.append({"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "round": 0,
+                        "kind": {"s": "seed", "c": "corrective"}[kind], "source": f"{id}.mp4"})
+    data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=g))
+    data.write_meta(folder, {
+        "latents": [frames, channels, 4, 4], "width": 32, "height": 32, "frames": 4 * frames - 3, "fps": 16,
+        "wan": str(wan), "vae": common.fingerprint(*wan_vae.find(wan)[0]), "t5": "t5", "seed": 0})
+    data.write_index(folder, entries)
+
+
+@pytest.fixture
+def make(world, tmp_path, monkeypatch):
+    """Runs rollout.main in tmp_path and returns the folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rollout.py", "--made", "by a test"])
+
+    def run(**flags):
+        cfg = config(world, **flags)
+        try:
+            rollout.main(cfg)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return Path(cfg.out)
+    return run
+
+
+def config(world, **flags):
+    own = dict(model=str(world / "model"), data=str(world / "agg_0"), out="rollout_0", count=5, steps=2,
+               previews=0, device="cpu")
+    return rollout.Config(**own | flags)
+
+
+def tree(folder) -> dict:
+    """Every file's bytes, hidden ones too, and every folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
+            for p in sorted(Path(folder).rglob("*"))}
+
+
+# ----------------------------------------------------------------------------------------- what it makes
+
+def test_a_rollout_is_a_real_chunk_and_what_the_model_makes_of_it(world, make):
+    out, clips = make(round=3, seed=5, guidance=2.0), data.Clips(world / "agg_0")
+    seeds = {clip["id"]: i for i, clip in enumerate(clips)}
+    net = model.load(world / "model")
+    null = data.read_text_embedding(world / "agg_0/empty.safetensors")
+    made = data.Clips(out)
+    assert len(made) == 5 and set(made.kinds) == {"rollout"}
+    for j in range(5):
+        got = made.load(j)
+        seed = clips.load(seeds[got["source"]])
+        assert got["id"] == f"{seed['id']}-round3" and got["round"] == 3 and got["prompt"] == seed["prompt"]
+        assert torch.equal(got["text"], seed["text"]) and got["latents"].dtype == torch.float16
+        assert torch.equal(got["latents"][:3], seed["latents"][:3]), "real, to the bit"
+        expected = diffusion.generate(
+            net, [seed["text"]], null, shape=(16, 4, 4), frames=FRAMES, seed=5, ids=[(3, seed["id"])],
+            context=seed["latents"][None, :3], steps=2, guidance=2.0)[0]
+        assert torch.equal(got["latents"], expected.half())
+        assert not torch.allclose(got["latents"][3:].float(), seed["latents"][3:].float(), atol=0.5)
+        assert common.open_weights(made.locate(got))[1] == {"prompt": seed["prompt"], "source": seed["id"]}
+
+
+def test_meta_says_how_it_was_made(world, make):
+    meta = json.loads((make(round=1) / "meta.json").read_text())
+    before = json.loads((world / "agg_0/meta.json").read_text())
+    assert {k: meta[k] for k in rollout.GEOMETRY} == {k: before[k] for k in rollout.GEOMETRY}
+    del before["seed"]
+    assert meta == before | {
+        "data": str(world / "agg_0"), "data_fingerprint": common.fingerprint(world / "agg_0/index.jsonl"),
+        "model": str(world / "model"),
+        "model_fingerprint": common.fingerprint(world / "model/diffusion_pytorch_model.safetensors"),
+        "seed": 0, "round": 1, "count": 5, "steps": 2, "guidance": 6.0, "shift": 8.0, "solver": "euler",
+        "dtype": "float32", "command": ["rollout.py", "--made", "by a test"]}
+
+
+@pytest.mark.parametrize("flags", [dict(steps=3), dict(guidance=1.0), dict(shift=2.0), dict(solver="unipc"),
+                                   dict(seed=1), dict(round=1)])
+def test_every_flag_changes_the_rollouts(make, flags):
+    before, after = data.Clips(make()), data.Clips(make(out="other", count=SEEDS, **flags))
+    made = {clip["source"]: i for i, clip in enumerate(after)}
+    first = before.load(0)
+    second = after.load(made[first["source"]])
+    assert not torch.equal(first["latents"][3:], second["latents"][3:])
+
+
+def sources(out):
+    return [clip["source"] for clip in data.Clips(out)]
+
+
+def test_the_picks(world, make):
+    every = sources(make(count=SEEDS, out="all"))
+    assert sorted(every) == [f"clip{i}" for i in (0, 2, 3, 4, 5, 7, 8)], "seed clips, each once"
+    assert sources(make(count=None, out="half")) == every[:3], "half of 7"
+    assert sources(make(count=5)) == every[:5], "of one order, whatever the count"
+    others = [sources(make(count=SEEDS, out=f"{flag}{n}", **{flag: n})) for flag in ("seed", "round")
+              for n in (1, 2)]
+    assert len({tuple(order) for order in [every, *others]}) == 5
+    small, large = tree(Path("half")), tree(Path("all"))
+    clips = {name for name in small if name.startswith("clips/")}
+    assert len(clips) == 3 and all(small[name] == large[name] for name in clips)
+
+
+def test_any_store_that_holds_the_seed_clips_will_do(world, make, monkeypatch):
+    """agg_1 refers to agg_0's clips and lists corrective ones: the same picks, the same rollouts."""
+    agg_1 = world / "agg_1"
+    agg_1.mkdir()
+    for name in ("meta.json", "empty.safetensors"):
+        (agg_1 / name).write_bytes((world / "agg_0" / name).read_bytes())
+    old = [clip | {"file": f"../agg_0/{clip['file']}"} for clip in data.Clips(world / "agg_0")]
+    data.write_index(agg_1, old + [old[0] | {"id": "new", "kind": "corrective"}])
+    one, two = tree(make()), tree(make(data=str(agg_1), out="other"))
+    assert one.pop("meta.json") != two.pop("meta.json") and one == two
+
+
+def test_the_report(world, make, capsys):
+    """A line a chunk, averaged over all rollouts; a film strip of the first ones."""
+    out = make(previews=3)
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("chunk"))
+    latents = torch.stack([data.Clips(out).load(j)["latents"].float() for j in range(5)])
+    for chunk, line in enumerate(lines[at + 1:at + 4]):
+        x = latents[:, 3 * chunk:3 * chunk + 3].flatten(1)
+        number, mean, std, outside = line.replace("%", "").split()
+        assert int(number) == chunk
+        expected = x.mean().item(), x.std(1).mean().item(), 100 * (x.abs() > 3).float().mean().item()
+        assert (float(mean), float(std), float(outside)) == pytest.approx(expected, abs=6e-3)
+    assert lines[at + 4:] == ["5 rollouts in rollout_0, shown in rollout_0/preview.png"]
+    [strip] = data.read_image(out / "preview.png")
+    assert strip.shape == (3, 3 * 132, 8 * 132)
+    video = wan_vae.load(world / "wan").decode(latents[2:3])[0]
+    data.film_strip("expected.png", [video[[0, 5, 9, 14, 18, 23, 27, 32]]], height=128)
+    assert torch.equal(strip[:, 264:], data.read_image("expected.png")[0])
+    assert not (make(out="none") / "preview.png").exists()
+
+
+# ----------------------------------------------------------------------------------------- the same again
+
+def test_batches_leave_no_trace(make):
+    assert tree(make(batch=3, out="three")) == tree(make()) == tree(make(batch=9, out="nine"))
+
+
+def call(*argv, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0"] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    return subprocess.run([sys.executable, *map(str, [*launcher, SCRIPT, *argv])], capture_output=True,
+                          text=True, env=environment)
+
+
+def child(world, patch=lambda: None, **flags):
+    """A process of its own that runs rollout.main, after patch(); forked, so that it starts at once."""
+    def target():
+        sys.stdout = open(os.devnull, "w")
+        patch()
+        rollout.main(config(world, **flags))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = multiprocessing.get_context("fork").Process(target=target)
+        process.start()
+    return process
+
+
+def test_torchrun_leaves_no_trace(world, make):
+    alone = tree(make(batch=2, previews=1))
+    told = json.loads(alone.pop("meta.json"))
+    done = call("--model", world / "model", "--data", world / "agg_0", "--out", "two", "--count", 5,
+                "--steps", 2, "--previews", 1, "--batch", 2, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 7 seed clips; 3 to roll out on this rank, the first of 2" in done.stdout
+    made = tree("two")
+    again = json.loads(made.pop("meta.json"))
+    assert made == alone and again.pop("command")[1] == "--model"
+    assert again == {k: v for k, v in told.items() if k != "command"}
+
+
+@pytest.mark.parametrize("count,ranks", [(5, 3), (1, 2)])
+def test_ranks_leave_no_trace(world, make, count, ranks):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+
+    def join(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(port)}
+    processes = [child(world, functools.partial(join, rank), out="shared", count=count, batch=2)
+                 for rank in range(ranks)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert tree("shared") == tree(make(count=count))
+
+
+def check_what_is_there(out):
+    """A reader meets whole files only, and an index that names what exists, in order, nothing twice."""
+    if (Path(out) / "index.jsonl").exists():
+        clips = data.Clips(out)
+        ids = [clip["id"] for clip in clips]
+        assert len(set(ids)) == len(ids)
+        assert all(clips.load(i)["latents"].shape[0] == FRAMES for i in range(len(clips)))
+
+
+def test_killed_before_each_of_its_files(world, make):
+    """Time and again, each time before the second file is in its place: so always one file further."""
+    whole = tree(make(previews=2))
+
+    def patch():
+        replaced, replace = [], os.replace
+
+        def dying(source, target):
+            if len(replaced) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replaced.append(replace(source, target))
+        os.replace = dying
+    kills = 0
+    while (process := child(world, patch, out="killed", previews=2)).join() or process.exitcode:
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        check_what_is_there("killed")
+    assert kills == 6  # meta.json, 5 clips, and preview.png is the 7th file
+    assert tree("killed") == whole
+
+
+def test_killed_while_it_writes_the_index(world, make):
+    whole = tree(make())
+
+    def patch():
+        as_lines = data.as_lines
+
+        def torn(entries):
+            text = as_lines(entries)
+            if text:
+                with open("killed/index.jsonl", "a") as f:
+                    f.write(text[:-20])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return text
+        data.as_lines = torn
+    for _ in range(3):
+        process = child(world, patch, out="killed")
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        check_what_is_there("killed")
+    assert len(data.Clips("killed")) < 5
+    assert tree(make(out="killed")) == whole
+
+
+def test_killed_at_any_time(world, make):
+    began = time.monotonic()
+    whole, duration = tree(make()), time.monotonic() - began
+    times = random.Random(0)
+    for n in range(2):
+        for _ in range(3):
+            process = child(world, out=f"killed{n}")
+            time.sleep(times.uniform(0, duration))
+            process.kill()
+            process.join()
+            check_what_is_there(f"killed{n}")
+        assert tree(make(out=f"killed{n}")) == whole
+
+
+def test_what_is_there_is_not_made_again(make, capsys, monkeypatch):
+    out = make()
+    before = tree(out)
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("clips/*")}
+    lost = sorted(stamps)[1]
+    lost.unlink()
+    make()
+    assert "5 of 7 seed clips; 1 to roll out\n" in capsys.readouterr().out and tree(out) == before
+    del stamps[lost]
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    monkeypatch.setattr(model, "load", None)  # nothing to do: no model is needed
+    make()
+    assert tree(out) == before
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("flags,message", [
+    (dict(seed=1), "seed = 0, not 1"), (dict(count=4), "count = 5, not 4"),
+    (dict(steps=3), "steps = 2, not 3"),
+    (dict(guidance=1.0), "guidance = 6.0, not 1.0"), (dict(shift=3.0), "shift = 8.0, not 3.0"),
+    (dict(solver="unipc"), "solver = euler, not unipc"), (dict(round=2), "round = 0, not 2"),
+    (dict(dtype="bfloat16"), "dtype = float32, not bfloat16")])
+def test_a_folder_keeps_to_how_it_was_begun(make, flags, message):
+    before = tree(make())
+    with pytest.raises(UserError, match=f"rollout_0 was begun with {message}; choose another --out"):
+        make(**flags)
+    assert tree("rollout_0") == before
+
+
+def test_another_model_or_other_data_are_told_apart(world, make, tmp_path):
+    """Even under the same name."""
+    net = model.load(world / "model")
+    model.save(net, "model", wan=str(world / "wan"))
+    fill(Path("agg"), world / "wan")
+    flags = dict(model="model", data="agg")
+    make(**flags)
+    net.head.head.bias.data += 1
+    model.save(net, "model", wan=str(world / "wan"))
+    with pytest.raises(UserError, match="begun with model_fingerprint = "):
+        make(**flags)
+    fill(Path("agg"), world / "wan", kinds="ssssss")
+    model.save(model.load(world / "model"), "model", wan=str(world / "wan"))
+    with pytest.raises(UserError, match="begun with data_fingerprint = "):
+        make(**flags)
+
+
+@pytest.mark.parametrize("store,message", [
+    (dict(kinds="cc"), "--count 1: stores/.* has 0 seed clips"),
+    (dict(kinds="scs", count=3), "--count 3: stores/.* has 2 seed clips"),
+    (dict(kinds="ss", count=0), "--count 0: "), (dict(kinds="ss", count=-1), "--count -1: "),
+    (dict(frames=3), "clips of 3 latent frames; rollouts need multiples of 3, 6 at least"),
+    (dict(frames=7), "clips of 7 latent frames"),
+    (dict(channels=8), "latents of 8 channels and text of width 64; .*model takes 16 and 64"),
+    (dict(text_dim=32), "latents of 16 channels and text of width 32; .*model takes 16 and 64")])
+def test_data_that_does_not_fit(world, make, store, message):
+    count = store.pop("count", None)
+    fill(Path("stores/agg"), world / "wan", **store)
+    with pytest.raises(UserError, match=message):
+        make(data="stores/agg", count=count)
+    assert not Path("rollout_0").exists()
+
+
+@pytest.mark.parametrize("flags,message", [
+    (dict(model="nowhere"), "--model nowhere does not exist; train_df.py makes one"),
+    (dict(model="."), "holds no diffusion_pytorch_model"), (dict(data="nowhere"), "not a clip store"),
+    (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0 --steps 2"),
+    (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1")])
+def test_refusals(make, flags, message):
+    with pytest.raises(UserError, match=message):
+        make(**flags)
+    assert not Path("rollout_0").exists()
+
+
+def test_a_store_without_the_empty_prompt(world, make):
+    fill(Path("agg"), world / "wan")
+    Path("agg/empty.safetensors").unlink()
+    with pytest.raises(UserError, match="agg/empty.safetensors is missing, the empty prompt that guidance"):
+        make(data="agg")
+
+
+def test_another_vae(world, make, tmp_path):
+    other = wan_vae.load(world / "wan")
+    other.conv2.bias.data += 1
+    (tmp_path / "wan").mkdir()
+    wan_vae.save(other, tmp_path / "wan/vae.safetensors")
+    with pytest.raises(UserError, match="wan has another VAE than the one that made .*agg_0; give --wan /"):
+        make(wan="wan")
+    model.save(model.load(world / "model"), "model", wan="../wan")  # beside the model, which says so
+    with pytest.raises(UserError, match="model/../wan has another VAE"):
+        make(model="model")
+    model.save(model.load(world / "model"), "model")  # does not say; the data does
+    assert len(data.Clips(make(model="model"))) == 5
+
+
+def test_a_prompt_too_long_for_the_model(world, make):
+    fill(Path("agg"), world / "wan", kinds="s")
+    data.write_clip("agg", "clip0", torch.zeros(FRAMES, 16, 4, 4), torch.zeros(9, 64), "long", "clip0.mp4")
+    with pytest.raises(UserError, match="prompt of clip clip0 is 9 tokens; .*model takes 8 at most"):
+        make(data="agg", count=1)
+
+
+def test_a_broken_model_does_not_reach_the_data(world, make):
+    net = model.load(world / "model")
+    net.head.head.bias.data += 1e9
+    model.save(net, "model", wan=str(world / "wan"))
+    with pytest.raises(UserError, match="rollout of clip .* is not finite: model is broken"):
+        make(model="model")
+    assert not list(Path("rollout_0/clips").iterdir())
+
+
+def test_a_full_disk_keeps_what_is_done(make, monkeypatch):
+    whole, write, written = tree(make()), data.write_clip, []
+
+    def until_full(*args):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+        written.append(write(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_clip", until_full)
+        message = "(?s)No space left.*2 finished rollouts are kept in full.*to continue"
+        with pytest.raises(UserError, match=message):
+            make(out="full")
+    assert len(data.Clips("full")) == 2
+    assert tree(make(out="full")) == whole
+
+
+def test_the_command_line(world, tmp_path):
+    done = call("--model", tmp_path / "none", "--data", world / "agg_0", "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.startswith("rollout.py: --model "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
