@@ -1,0 +1,642 @@
+"""Stage 5: the paper's formulas and tables, resuming, refusals, the toy world read back, probes."""
+
+import html.parser
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import diffusion
+import eval_drift
+import metrics
+import model
+import toy
+import vae
+from common import UserError
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SCRIPT = Path(eval_drift.__file__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ramp(frames):
+    return torch.linspace(0, 1, frames).view(-1, 1, 1, 1)
+
+
+def saturated(video):
+    grey = video.mean(1, True)
+    return (grey + (video - grey) * (1 + 1.5 * ramp(len(video)))).clamp(-1, 1)
+
+
+def write(path, video, prompt="A disc moving left", fps=16, **tags):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_video(path, [video], fps, {"prompt": prompt} | tags, crf=8, preset="veryfast")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """kept/ and drifted/: 3 toy videos each, the same worlds, of 61 frames."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(3):
+        world = toy.draw_world("eval", i)
+        video = toy.render(world, 61)
+        write(root / "kept" / f"{i}.mp4", video, toy.caption(world), seed=i)
+        write(root / "drifted" / f"{i}.mp4", saturated(video), toy.caption(world), seed=i)
+    return root
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Runs eval_drift.main in tmp_path: (what it returns, summary.json)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*folders, out="report", **flags):
+        try:
+            status = eval_drift.main(eval_drift.Config(tuple(map(str, folders)), out=str(out), **flags))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return status, json.loads(Path(out, "summary.json").read_text())
+    return run
+
+
+def script(*args, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------- the formulas
+
+def test_drift_of_a_linear_decay():
+    found = eval_drift.summaries(1 - np.arange(801) / 800)
+    assert found["drift"] == pytest.approx(0.4, abs=2e-3)
+    assert found["start_end"] == pytest.approx(0.85, abs=2e-3)
+    assert found["first"] == pytest.approx(0.9, abs=2e-3) and found["last"] == pytest.approx(0.1, abs=2e-3)
+    assert found["log_ratio"] == pytest.approx(math.log(found["last"] / found["first"]))
+    step = eval_drift.summaries(np.r_[np.ones(160), np.zeros(641)])
+    assert step["drift"] == pytest.approx(1 - 160 / 801), "a decay right after the first fifth: 0.8 of it"
+    assert step["last"] == 0 and step["log_ratio"] == pytest.approx(math.log(eval_drift.FLOOR))
+    rising = eval_drift.summaries(np.arange(100) / 99)
+    assert rising["drift"] < 0 < rising["start_end"], "the paper's keeps the sign, FramePack's does not"
+    assert eval_drift.summaries(np.array([3.0, 2.0, 1.0]))["drift"] == 1, "three frames are enough"
+
+
+def test_frames_without_a_value_do_not_count():
+    values = np.r_[np.full(50, math.nan), np.full(50, 2.0)]
+    found = eval_drift.summaries(values)
+    assert found["score"] == 2 and math.isnan(found["first"]) and math.isnan(found["log_ratio"])
+    assert eval_drift.mean([1, math.nan, 3]) == 2 and eval_drift.sem([1, math.nan, 3]) == pytest.approx(1)
+    assert math.isnan(eval_drift.sem([1]))
+
+
+def test_bootstrap_interval():
+    gap = np.random.default_rng(0).normal(0.5, 1, 100)
+    mean, low, high = eval_drift.bootstrap(gap)
+    assert mean == gap.mean() and low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * gap.std() / 10, rel=0.1)
+    assert eval_drift.bootstrap(gap) == [mean, low, high], "the same resamples every time"
+    assert eval_drift.bootstrap(np.array([1.0])) is None
+
+
+def test_pairs_share_a_name_or_prompt_and_seed():
+    def row(name, prompt, seed):
+        return {"name": name, "prompt": prompt, "seed": seed}
+
+    a = [row("0.mp4", "x", 0), row("1.mp4", "y", 1), row("2.mp4", "z", None), row("3.mp4", "w", 5)]
+    b = [row("0.mp4", "other", 9), row("b.mp4", "y", 1), row("c.mp4", "z", None), row("d.mp4", "w", 5),
+         row("e.mp4", "w", 5)]
+    assert [(x["name"], y["name"]) for x, y in eval_drift.partners(a, b)] == [("0.mp4", "0.mp4"),
+                                                                             ("1.mp4", "b.mp4")]
+
+
+# ------------------------------------------------------------------------------------------- the tables
+
+def report_of(**methods) -> dict:
+    """A report whose methods' means are given, with a standard error of 0.005."""
+    return {"mean": {m: {n: {"score": v, "drift": v, "log_ratio": v, "abs_log_ratio": abs(v)}
+                         for n, v in row.items()} for m, row in methods.items()},
+            "sem": {m: {n: defaultdict(lambda: 0.005) for n in methods[m]} for m in methods},
+            "metrics": {"saturation": ""}, "paired": [], "frechet": {}, "probes": {}}
+
+
+def test_the_papers_table():
+    report = report_of(A={"subject_consistency": 0.8405, "imaging_quality": 63.41, "saturation": 0.35},
+                       B={"subject_consistency": 0.807, "imaging_quality": 59.97, "saturation": -0.1})
+    report["mean"]["A"]["imaging_quality"]["drift"] = 3.57
+    report["mean"]["B"]["imaging_quality"]["drift"] = 7.34
+    report["paired"] = [{"a": "A", "b": "B", "pairs": 3, "b_minus_a": {
+        "saturation": {"log_ratio": [-0.45, -0.6, -0.3]}, "imaging_quality": {"drift": [3.77, -0.1, 7]}}}]
+    first, change, spread, paired = eval_drift.tables(report)
+    assert first.heads == ["Method", "Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging",
+                           "d Aesthetic", "d Imaging"]
+    assert first.rows == [
+        ["A", "**84.05 (0.50)**", "-", "-", "-", "-", "**63.41 (0.01)**", "-", "**3.57 (0.01)**"],
+        ["B", "80.70 (0.50)", "-", "-", "-", "-", "59.97 (0.01)", "-", "7.34 (0.01)"]]
+    assert change.rows == [["A", "x1.42 (1%)"], ["B", "**x0.90 (1%)**"]], "the nearest to 1 is the best"
+    assert spread.rows == [["A", "x1.42 (1%)"], ["B", "**x1.11 (1%)**"]]
+    assert paired.heads == ["", "B (3 pairs)"]
+    assert paired.rows == [["d Imaging", "+3.77 [-0.10, 7.00]"],
+                           ["log ratio of saturation", "**-0.45 [-0.60, -0.30]**"]]
+    lines = eval_drift.as_markdown([first]).splitlines()
+    assert lines[4:6] == ["| Method | Subject          | Bg. Cons. | Smooth. | Dynamic | Aesthetic | Imaging"
+                          "          | d Aesthetic | d Imaging       |",
+                          "|--------|------------------|-----------|---------|---------|-----------|--------"
+                          "----------|-------------|-----------------|"]
+
+
+def test_the_papers_second_table_and_a_single_method():
+    report = report_of(A={"motion_quality": 87.59, "frame_quality": 59.38})
+    assert eval_drift.tables(report)[1].rows == [["A", "87.59 (0.01)", "59.38 (0.01)"]], "nothing to be bold"
+    assert eval_drift.tables(report)[0].rows == [["A"] + ["-"] * 8]
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+
+def test_a_report(videos, evaluate, capsys):
+    status, found = evaluate(f"Kept={videos}/kept", videos / "drifted", toy=True)
+    assert status is None and list(found["mean"]) == ["Kept", "drifted"] and len(found["videos"]) == 6
+    drift = found["mean"]["drifted"]["saturation"]["log_ratio"]
+    assert drift > 0.3 > abs(found["mean"]["Kept"]["saturation"]["log_ratio"])
+    per_video = [v["metrics"]["saturation"]["log_ratio"] for v in found["videos"] if v["method"] == "drifted"]
+    assert drift == pytest.approx(np.mean(per_video))
+    assert found["sem"]["drifted"]["saturation"]["log_ratio"] == pytest.approx(
+        np.std(per_video, ddof=1) / 3**0.5)
+    [paired] = found["paired"]
+    assert (paired["a"], paired["b"], paired["pairs"]) == ("Kept", "drifted", 3)
+    assert paired["b_minus_a"]["saturation"]["log_ratio"][1] > 0
+    assert found["mean"]["Kept"]["sprite"]["score"] == 1 and found["mean"]["Kept"]["direction"]["last"] == 1
+    assert "imaging_quality" not in found["mean"]["Kept"], "missing is not zero"
+    assert "musiq" in found["missing"]["imaging_quality"] and found["definitions"].keys() >= {"drift", "sem"}
+    printed = capsys.readouterr().out
+    assert "https://" in printed and "\u2588" in printed and Path("report/table.md").read_text() in printed
+    assert "| drifted | " in printed
+
+    rows = [line.split(",") for line in Path("report/curves.csv").read_text().splitlines()]
+    assert rows[0] == ["method", "metric", "t_seconds", "mean", "sem"]
+    mine = [row for row in rows if row[:2] == ["drifted", "saturation"]]
+    assert len(mine) == 10 and float(mine[0][3]) < float(mine[-1][3])
+    assert float(mine[0][2]) == pytest.approx(61 / 16 / 20, abs=1e-3)
+    curves = np.load("report/curves.npz")
+    assert curves["Kept/0.mp4/saturation"].shape == (2, 16), "every fourth of 61 frames"
+    assert curves["Kept/0.mp4/saturation"][1].mean() == pytest.approx(
+        found["videos"][0]["metrics"]["saturation"]["score"])
+
+
+class Page(html.parser.HTMLParser):
+    """Which tags there are, whether they nest, and what they refer to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.refers = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.refers += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(videos, evaluate):
+    evaluate(f"A<b>&={videos}/kept", videos / "drifted", toy=True)
+    text = Path("report/report.html").read_text()
+    page = Page(text)
+    assert not page.open and page.seen.count("svg") == 1
+    assert page.seen.count("img") == 6 == len(page.refers)
+    assert all(link.startswith("data:image/png;base64,") for link in page.refers)
+    assert not re.search(r"@import|url\(|<script|<link", text) and "A&lt;b&gt;&amp;" in text
+    svg = xml.etree.ElementTree.parse("report/curves.svg").getroot()
+    assert len(svg.findall("{*}g")) == len(metrics.FREE) + len(toy.READINGS), "a panel for each metric"
+    strip = data.read_image("report/filmstrips.png")
+    assert strip.shape[2:] == (6 * 84 + 2 * 10, 8 * 84), "two rows for each prompt, a gap between prompts"
+
+
+def test_frames_of_a_strip_go_from_first_to_last(tmp_path):
+    grey = torch.arange(61).view(-1, 1, 1, 1).expand(-1, 3, 32, 32) * 4
+    write(tmp_path / "a.mp4", grey.to(torch.uint8))
+    video = data.probe(tmp_path / "a.mp4")
+    clip = eval_drift.Clip("m", "a.mp4", video.path, video.fps, 32, 32, 61, "", None, "")
+    shown = eval_drift.across_time(clip).float().mean((1, 2, 3)) / 4
+    assert shown.tolist() == pytest.approx([i * 60 / 7 for i in range(8)], abs=1.6)
+
+
+def test_pieces_do_not_matter(videos, evaluate, monkeypatch):
+    _, whole = evaluate(videos / "drifted", toy=True, extra=True)
+    pieces = eval_drift.pieces
+    monkeypatch.setattr(eval_drift, "pieces", lambda job: pieces(job, 7))
+    _, cut = evaluate(videos / "drifted", toy=True, extra=True, out="cut")
+    assert cut["videos"] == whole["videos"]
+    assert {"flicker", "local_contrast"} <= cut["mean"]["drifted"].keys()
+
+
+def test_nothing_is_scored_twice(videos, evaluate, monkeypatch):
+    """Neither in a second run, nor under another name; what is asked for later is added."""
+    _, first = evaluate(videos / "kept")
+    scored, pieces = [], eval_drift.pieces
+    monkeypatch.setattr(eval_drift, "pieces", lambda job: scored.append(job) or pieces(job))
+    before = Path("report/summary.json").read_bytes()
+    evaluate(videos / "kept")
+    assert Path("report/summary.json").read_bytes() == before and not scored
+    shutil.copytree(videos / "kept", "moved")
+    _, moved = evaluate("moved")
+    assert not scored and moved["mean"]["moved"] == first["mean"]["kept"]
+    _, more = evaluate(videos / "kept", toy=True)
+    assert len(scored) == 3 and [job.scorers for job in scored] != [[]] * 3
+    assert more["mean"]["kept"]["saturation"] == first["mean"]["kept"]["saturation"]
+    evaluate(videos / "kept", toy=True)
+    assert len(scored) == 3
+    evaluate(videos / "kept", stride=2)
+    assert len(scored) == 6, "other settings are other scores"
+
+
+@pytest.fixture(scope="module")
+def whole(videos, tmp_path_factory):
+    """An uninterrupted run's folder, and its arguments."""
+    out, args = tmp_path_factory.mktemp("whole") / "report", [videos / "kept", videos / "drifted", "--toy"]
+    done = script(*args, "--out", out)
+    assert done.returncode == 0, done
+    return out, args
+
+
+def same_report(a, b):
+    for name in ("summary.json", "table.md", "curves.csv", "curves.svg", "report.html", "curves.npz"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_killed_and_started_again_it_ends_the_same(whole, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, *map(str, [SCRIPT, *whole[1], "--out", out])], env=ENV,
+                               stdout=subprocess.DEVNULL)
+    while len(list(out.glob("scores/*.safetensors"))) < 2 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {p: p.stat().st_mtime_ns for p in out.glob("scores/*.safetensors")}
+    assert 2 <= len(made) < 6 and not (out / "summary.json").exists(), "killed too late to show anything"
+    assert script(*whole[1], "--out", out).returncode == 0
+    assert all(p.stat().st_mtime_ns == when for p, when in made.items()), "scored again"
+    same_report(out, whole[0])
+
+
+def test_ranks_write_the_same_report(whole, tmp_path):
+    done = script(*whole[1], "--out", tmp_path / "two", ranks=2)
+    assert done.returncode == 0, done
+    same_report(tmp_path / "two", whole[0])
+
+
+def test_the_distance_to_real_frames(evaluate, tmp_path):
+    for i in range(10):
+        video = toy.render(toy.draw_world("real", i), 61)
+        write(tmp_path / f"real/{i}.mp4", video)
+        video = toy.render(toy.draw_world("fake", i), 61)
+        write(tmp_path / f"fake/{i}.mp4", saturated(video))
+    _, found = evaluate("fake", real="real", stride=3)
+    distances = found["frechet"]["fake"]
+    assert len(distances) == 5 and distances[4] > 2 * distances[0] > 0
+    stored = [eval_drift.read_scores(file)[0]["frechet"] for file in Path("report/scores").iterdir()]
+    frames = torch.stack(list(data.read_frames(data.probe("fake/0.mp4"))))
+    expected = metrics.frechet_features(frames[::3])
+    assert len(stored) == 20 and {rows.shape for rows in stored} == {expected.shape}
+    assert any(torch.allclose(rows, expected, atol=1e-5) for rows in stored), "frames 0, 3, ... 60"
+    assert "frechet" not in found["mean"]["fake"] and "| fake " in Path("report/table.md").read_text()
+
+
+# ------------------------------------------------------------------------------------ VBench's own file
+
+def vbench_file(folder, names=("0", "1", "2"), **dimensions):
+    paths = [f"/elsewhere/{folder}/{name}.mp4" for name in names]
+    results = {dim: [0.5, [{"video_path": path, "video_results": value}
+                           for path, value in zip(paths, values, strict=True)]]
+               for dim, values in dimensions.items()}
+    Path("results.json").write_text(json.dumps(results))
+    return ("results.json",)
+
+
+def test_vbenchs_own_scores(videos, evaluate):
+    given = vbench_file("kept", imaging_quality=[60.0, 62.0, 64.0], aesthetic_quality=[0.5, 0.5, 0.56],
+                        dynamic_degree=[True, False, True], motion_smoothness=[0.98, 0.98, 0.98])
+    _, found = evaluate(videos / "kept", videos / "drifted", vbench=given)
+    kept = found["mean"]["kept"]
+    assert kept["imaging_quality"] == {"score": 62}
+    assert kept["dynamic_degree"]["score"] == pytest.approx(2 / 3)
+    assert kept["motion_quality"]["score"] == pytest.approx((98 + 200 / 3) / 2)
+    assert kept["frame_quality"]["score"] == pytest.approx((62 + 52) / 2)
+    assert "imaging_quality" not in found["mean"]["drifted"]
+    table = Path("report/table.md").read_text().splitlines()
+    [row] = [line for line in table if line.startswith("| kept ") and "62.00" in line and "66.67" in line]
+    assert [cell.strip(" *") for cell in row.split("|")[2:6]] == ["-", "-", "98.00 (0.00)", "66.67 (33.33)"]
+
+
+def test_a_vbench_file_that_may_mean_either(videos, evaluate, tmp_path):
+    """Two folders of one name: told apart by the whole path, or refused."""
+    shutil.copytree(videos / "kept", tmp_path / "a/v")
+    shutil.copytree(videos / "drifted", tmp_path / "b/v")
+    given = vbench_file("v", imaging_quality=[1, 2, 3])
+    with pytest.raises(UserError, match="a/v/0.mp4 or b/v/0.mp4; rename"):
+        evaluate("A=a/v", "B=b/v", vbench=given)
+    text = Path("results.json").read_text().replace("/elsewhere", str(tmp_path / "b"))
+    Path("results.json").write_text(text)
+    _, found = evaluate("A=a/v", "B=b/v", vbench=given)
+    assert found["mean"]["B"]["imaging_quality"]["score"] == 2 and "imaging_quality" not in found["mean"]["A"]
+
+
+@pytest.mark.parametrize("given,reason", [
+    (dict(folder="kept", temporal_style=[1, 2, 3]), "temporal_style is none of"),
+    (dict(folder="other", imaging_quality=[1, 2, 3]), "about none of these videos"),
+    (dict(folder="kept", names=["0"], imaging_quality=[1]), "lacks"),
+])
+def test_a_vbench_file_that_does_not_fit(videos, evaluate, given, reason):
+    with pytest.raises(UserError, match=reason):
+        evaluate(videos / "kept", vbench=vbench_file(**given))
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+def bad(folder: Path, what: str) -> Path:
+    path, video = folder / "bad.mp4", toy.render(toy.draw_world("bad", 0), 41)
+    if what == "size":
+        write(path, video.repeat(1, 1, 1, 2))
+    elif what == "fps":
+        write(path, video, fps=24)
+    elif what == "short":
+        write(path, video[:2])
+    elif what == "truncated":
+        write(path, video)
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif what == "no times":  # a bare stream says nothing of its rate
+        write(path, video)
+        import av
+        with av.open(str(path)) as source, av.open(str(folder / "x.h264"), "w", format="h264") as bare:
+            stream = bare.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    bare.mux(packet)
+        path.unlink()
+        (folder / "x.h264").rename(path)
+    elif what == "text":
+        path.write_text("no video at all")
+    elif what == "empty":
+        path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("what,reason", [
+    ("size", "64x32 at 16 fps, where most of mixed are 32x32 at 16 fps"),
+    ("fps", "32x32 at 24 fps, where most"), ("short", "3 are the least"), ("truncated", "truncated"),
+    ("no times", "no frame with a time"), ("text", "cannot be read as a video"), ("empty", "is empty")])
+def test_what_cannot_be_scored_is_listed(videos, evaluate, tmp_path, capsys, what, reason):
+    shutil.copytree(videos / "kept", tmp_path / "mixed")
+    for name in ("index.jsonl", "0.txt", "notes.md", ".hidden.mp4"):
+        (tmp_path / "mixed" / name).write_text("beside videos")
+    path = bad(tmp_path / "mixed", what)
+    status, found = evaluate("mixed")
+    assert status == 3 and [v["name"] for v in found["videos"]] == ["0.mp4", "1.mp4", "2.mp4"]
+    assert list(found["skipped"]) == [path.relative_to(tmp_path).as_posix()]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert "mixed/bad.mp4" in line and reason in line
+    assert reason in Path("report/report.html").read_text()
+    assert evaluate("mixed", allow_skips=True)[0] is None
+
+
+def test_damage_found_while_decoding(videos, evaluate, tmp_path, monkeypatch):
+    """The same file twice: both are listed, the rest is scored."""
+    for folder in ("a", "b"):
+        shutil.copytree(videos / "kept", tmp_path / folder)
+    read = data.read_frames
+
+    def failing(video, *args):
+        for i, frame in enumerate(read(video, *args)):
+            if video.path.name == "1.mp4" and i == 40:
+                raise UserError(f"{video.path} cannot be read as a video: broken")
+            yield frame
+    monkeypatch.setattr(data, "read_frames", failing)
+    status, found = evaluate("a", "b")
+    assert status == 3 and set(found["skipped"]) == {"a/1.mp4", "b/1.mp4"} and len(found["videos"]) == 4
+
+
+def test_folders_that_cannot_be_scored(videos, evaluate, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no video can be scored: holds no videos"):
+        evaluate("empty")
+    status, found = evaluate(videos / "kept", "empty")
+    assert status == 3 and found["skipped"] == {"empty": "holds no videos"} and len(found["videos"]) == 3
+    with pytest.raises(UserError, match="no such folder of videos: nowhere"):
+        evaluate(videos / "kept", "nowhere")
+    with pytest.raises(UserError, match="two folders are called kept"):
+        evaluate(videos / "kept", f"kept={videos}/drifted")
+    with pytest.raises(UserError, match="toy world .* is 32x32"):
+        write(tmp_path / "wide/a.mp4", torch.zeros(5, 3, 32, 64))
+        evaluate("wide", toy=True)
+    with pytest.raises(UserError, match="--model and --data go together"):
+        evaluate(videos / "kept", model=("m",))
+    (tmp_path / "file").write_text("")
+    done = script(videos / "kept", "--out", tmp_path / "file" / "report")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "file" in done.stderr
+
+
+def test_where_a_prompt_comes_from(evaluate, tmp_path):
+    video = toy.render(toy.draw_world("prompt", 0), 9)
+    write(tmp_path / "v/a.mp4", video, prompt="from its tags", seed=4)
+    (tmp_path / "v/a.txt").write_text("not this")
+    write(tmp_path / "v/b.mp4", video, prompt="")
+    (tmp_path / "v/b.txt").write_text("from the text beside it\n")
+    write(tmp_path / "v/a cat.mp4", video, prompt="")
+    _, found = evaluate("v")
+    assert {v["name"]: (v["prompt"], v["seed"]) for v in found["videos"]} == {
+        "a.mp4": ("from its tags", 4), "b.mp4": ("from the text beside it", None),
+        "a cat.mp4": ("a cat", None)}
+
+
+def test_the_prompts_for_evaluation():
+    prompts = (SCRIPT.parent / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == 32 == len({p[:20] for p in prompts})
+    assert all(60 < len(p) < 160 and p.endswith(".") and p.isascii() for p in prompts)
+
+
+# ------------------------------------------------------------------------------ the toy world read back
+
+def read_back(video, prompt):
+    return {k: v.numpy() for k, v in toy.judge(toy.fit(data.to_uint8(video)), prompt).items()}
+
+
+def without_sprite(world, frames):
+    return toy.render(world._replace(shape="disc", radius=-toy.SIZE), frames)
+
+
+def soften(video, sigma):
+    f = torch.fft.fftfreq(toy.SIZE).square().view(-1, 1) + torch.fft.rfftfreq(toy.SIZE).square()
+    return torch.fft.irfft2(torch.fft.rfft2(video) * torch.exp(-2 * (math.pi * sigma) ** 2 * f)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("sigma,shapes,off", [(0, 0.99, 1), (2, 0.8, 2)])
+def test_what_was_drawn_is_read_back(sigma, shapes, off):
+    """Blurred by 2 pixels a video is at 28 dB."""
+    right, near, told, colours = [], [], [], []
+    for i in range(10):
+        world = toy.draw_world("truth", i)
+        video = toy.render(world, 33)
+        found = toy.fit(data.to_uint8(soften(video, sigma) if sigma else video))
+        t = torch.arange(33)
+        step = torch.tensor(toy.DIRECTIONS[world.direction]) * world.speed
+        error = (found["place"] - world.place - step * t.view(-1, 1) + 16) % 32 - 16
+        judged = toy.judge(found, toy.caption(world))
+        right.append((found["shape"] == toy.SHAPES.index(world.shape)).float().mean())
+        near.append((error.norm(dim=1) < off).float().mean())
+        told.append(judged["direction"][16:].mean())
+        colours.append((found["colour"] - world.color).abs().mean() * 127.5)
+        assert judged["direction"][:16].isnan().all() and judged["sprite"].mean() > 0.9
+    assert torch.stack(right).mean() >= shapes and torch.stack(near).mean() >= 0.97
+    assert torch.stack(told).mean() >= 0.97 and (sigma or max(colours) < 6)
+
+
+def test_a_lost_sprite_is_missed():
+    for i in range(5):
+        world = toy.draw_world("lost", i)
+        video = toy.render(world, 40)
+        video[20:] = without_sprite(world, 40)[20:]
+        for noise in (0, 0.05):
+            seen = read_back((video + noise * torch.randn(video.shape)).clamp(-1, 1), toy.caption(world))
+            assert seen["sprite"][:20].mean() > 0.9 and seen["sprite"][20:].mean() < 0.1
+            assert np.isnan(seen["colour"][20:]).mean() > 0.9 and seen["direction"][36:].mean() == 0
+
+
+def test_another_shape_or_way_is_not_what_was_told():
+    world = toy.draw_world("told", 0)._replace(shape="disc", direction="left", speed=0.4)
+    video = toy.render(world, 41)
+    video[21:] = toy.render(world._replace(shape="triangle"), 41)[21:]
+    seen = read_back(video, "A disc moving left")
+    assert seen["shape"][:21].mean() == 1 and seen["shape"][21:].mean() < 0.1 and seen["sprite"].mean() == 1
+    for prompt, share in (("A disc moving left", 1), ("A disc moving up", 0), ("A disc moving right.", 0),
+                          ("A reversed video of a disc moving right", 1)):
+        assert read_back(video, prompt)["direction"][16:].mean() == share, prompt
+    still = read_back(toy.render(world._replace(speed=0.0), 33), "A disc moving left")
+    assert still["direction"][16:].mean() == 0
+    untold = read_back(video, "A cat")
+    assert np.isnan(untold["shape"]).all() and np.isnan(untold["direction"]).all()
+
+
+def test_background_and_colour_that_walk_away_are_measured():
+    world = toy.draw_world("walk", 1)._replace(base=torch.tensor([-0.2, 0.1, 0.0]))
+    frames = [toy.render(world._replace(base=world.base + 0.004 * i * torch.tensor([1.0, -1.0, 0.5]),
+                                        color=world.color * (1 - i / 160)), 1, start=i) for i in range(80)]
+    seen = read_back(torch.cat(frames), toy.caption(world))
+    walked = 127.5 * 0.004 * (np.arange(80) - 4) * 2.5 / 3
+    assert seen["background"][20:] == pytest.approx(walked[20:], abs=1.2)
+    faded = 127.5 * world.color.abs().mean().item() * (np.arange(80) - 4) / 160
+    assert seen["colour"][20:] == pytest.approx(faded[20:], abs=4)
+
+
+# ----------------------------------------------------------------------------------------------- probes
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A clip store of 2 clips, the tiny VAE that made them, and a model that has learned nothing."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "wan").mkdir()
+    coder = vae.WanVAE(8, (1, 1, 1, 1), 1)
+    vae.save(coder, root / "wan" / "vae.safetensors")
+    for i in range(2):
+        video = toy.render(toy.draw_world(0, i), 81)[None]
+        data.write_clip(root / "agg_0", str(i), coder.encode(video)[0], torch.ones(4, 64), "a disc", "a.mp4")
+    data.write_index(root / "agg_0", [{"id": str(i), "file": f"clips/{i}.safetensors", "kind": "seed"}
+                                      for i in range(2)])
+    data.write_meta(root / "agg_0", {"latents": [21, 16, 4, 4], "wan": str(root / "wan")})
+    data.write_text_embedding(root / "agg_0" / "empty.safetensors", torch.zeros(1, 64))
+    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=32)
+    net = model.WanModel(config).init_weights("eval")
+    torch.nn.init.normal_(net.head.head.weight, std=0.05)
+    model.save(net, root / "model")
+    return root
+
+
+def test_probes(world, videos, evaluate):
+    flags = dict(model=(str(world / "model"),), data=str(world / "agg_0"), clips=2, steps=1, guidance=1.0)
+    _, found = evaluate(videos / "kept", **flags)
+    [probe] = found["probes"].values()
+    assert len(probe["loss_gap"]) == 5 and any(gap != 0 for gap in probe["loss_gap"])
+    assert probe["recovery"].keys() == eval_drift.SPOILT.keys() and probe["clips"] == 2
+    assert all(1 <= row["chunks"] <= 10 and len(row["within"]) == 9 for row in probe["recovery"].values())
+    table = Path("report/table.md").read_text()
+    assert "### Loss gap" in table and "### Recovery" in table
+    with pytest.raises(UserError, match="seed clips of at least 15 latent"):
+        Path("short").mkdir()
+        Path("short/index.jsonl").write_text((world / "agg_0/index.jsonl").read_text())
+        data.write_meta("short", {"latents": [12, 16, 4, 4]})
+        evaluate(videos / "kept", **flags | {"data": "short"})
+
+
+def test_there_is_no_loss_gap_behind_real_chunks(world, monkeypatch):
+    clip = data.Clips(world / "agg_0").load(0)
+    x, text = clip["latents"].float()[None], clip["text"].float()[None]
+    monkeypatch.setattr(diffusion, "generate", lambda *a, context, **k: x[:, :12])
+    net = model.load(world / "model")
+    gaps = eval_drift.loss_gap(net, x, text, text[0], "a", eval_drift.Config(("v",)))
+    assert gaps == pytest.approx([0] * 5, abs=1e-6)
+
+
+def test_recovery_counts_chunks(world, monkeypatch):
+    """By a stand-in for the model that recovers at once, after two chunks, or never."""
+    store = data.Clips(world / "agg_0")
+    usual = torch.cat([store.load(i)["latents"] for i in range(2)]).float().mean().item()
+
+    def generate(net, text, null, context, frames, vae, on_chunk, **kwargs):
+        on_chunk(0, context, None)
+        for chunk, first in enumerate(range(12, frames, 3)):
+            for_kind = [usual, usual if chunk >= 2 else 9, 9, -9]
+            on_chunk(first, torch.tensor(for_kind).view(4, 1, 1, 1, 1).expand(4, 3, 16, 4, 4), None)
+
+    monkeypatch.setattr(eval_drift, "loss_gap", lambda *args: [0.0] * 5)
+    monkeypatch.setattr(eval_drift, "statistics", lambda z, video: [[x.mean().item()] * 4 for x in z])
+    monkeypatch.setattr(diffusion, "generate", generate)
+    cfg = eval_drift.Config(("v",), data=str(world / "agg_0"), clips=2)
+    ranks = common.start_ranks("cpu")
+    try:
+        found = eval_drift.probe_model(cfg, str(world / "model"), ranks)["recovery"]
+    finally:
+        dist.destroy_process_group()
+    assert [row["chunks"] for row in found.values()] == [1, 3, 10, 10]
+    assert found["untouched"]["within"] == [1] * 9 and found["saturated"]["within"] == [0, 0] + [1] * 7
+
+
+def test_contexts_are_spoilt():
+    video = toy.render(toy.draw_world("spoil", 0), 9)[None]
+    grey = video.mean(2, True)
+    assert (eval_drift.saturate(video) - grey).abs().mean() > 1.4 * (video - grey).abs().mean()
+    spoilt = torch.cat([spoil(video) for spoil in eval_drift.SPOILT.values()])
+    z = torch.randn(4, 3, 16, 4, 4, generator=common.rng("z"))
+    rows = np.array(eval_drift.statistics(z, spoilt))
+    assert rows[:, 0] == pytest.approx(z.mean((1, 2, 3, 4)).numpy(), abs=1e-6)
+    assert rows[:, 1] == pytest.approx(1, abs=0.1)
+    (_, strong, *_), (detail, _, blurred, noisy) = rows[:, 2] / rows[0, 2], rows[:, 3]
+    assert strong > 1.4 and blurred < 0.8 * detail < 0.5 * noisy
+    assert torch.equal(eval_drift.add_grain(video), eval_drift.add_grain(video))
