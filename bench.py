@@ -4,18 +4,21 @@
     python bench.py train --frames 81 --size 32x32                 # a step against its bare passes
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
+    python bench.py plan --videos clips/ --out run                 # what a real run of bagger.sh will take
 """
 
 import platform
 import re
+import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 import common
 import data
@@ -25,13 +28,13 @@ import train_df
 import vae
 from common import UserError, positional, run
 
-MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=32),
+MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32),
           "1.3B": model.Config()}
 
 
 @dataclass
 class Config:
-    what: Literal["vae", "train", "generate"] = positional()  # the stage to measure
+    what: Literal["vae", "train", "generate", "plan"] = positional()  # the stage to measure
     width: int = 32  # base width of the VAE; Wan2.1's is 96
     model: Literal["toy", "1.3B"] = "toy"  # the transformer's sizes; its weights are random
     frames: int = 33  # of the video, 4n+1
@@ -40,6 +43,11 @@ class Config:
     micro: int = 16  # clips computed at once in training
     steps: int = 10  # of the solver for each chunk
     repeats: int = 5  # of every measurement; the median is shown
+    videos: str = ""  # plan: the videos to train on
+    out: str = "run"  # plan: where the run will go; its disk must hold it
+    rounds: int = 3  # plan: of rollouts
+    train_steps: int = 16000  # plan: of each training
+    train_batch: int = 96  # plan: clips in a step, over all GPUs
     device: str = "cpu"  # cpu, cuda or cuda:N
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
 
@@ -48,7 +56,7 @@ def main(cfg: Config):
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else f"{cpu()}, {threads}"
     print(f"{name}, torch {torch.__version__}, {cfg.dtype}", flush=True)
-    {"vae": bench_vae, "train": bench_train, "generate": bench_generate}[cfg.what](cfg)
+    {"vae": bench_vae, "train": bench_train, "generate": bench_generate, "plan": plan}[cfg.what](cfg)
 
 
 def cpu():
@@ -152,6 +160,7 @@ def bench_train(cfg: Config):
             train_df.train_step(flags, state, micro, 0, ranks)
         ours, theirs = alternate(cfg.repeats, cfg.device, step, bare)
         micro.close()
+        dist.destroy_process_group()
     flops = 3 * cfg.batch * model.forward_flops(sizes, clips.layout())
     tokens = clips.layout()[-1][1]
     print(f"{cfg.model}, {cfg.batch} clips of {tokens:,} tokens, {cfg.micro} at a time: {ours:.3f} s a step, "
@@ -160,6 +169,38 @@ def bench_train(cfg: Config):
     print(f"{cfg.batch / ours:.2f} clips/s, {flops / ours / 1e12:.2f} TFLOP/s"
           + (f", MFU {flops / ours / peak:.1%}" if peak else "")
           + f", {train_df.memory_used(ranks.device):.1f} GB at most")
+    return ours
+
+
+def plan(cfg: Config):
+    """Clips, disk and GPU hours of a real run on Wan2.1-T2V-1.3B; refuses if the disk cannot hold it."""
+    clips = len(data.find_clips(cfg.videos))
+    rollouts, models = clips // 2 * cfg.rounds, cfg.rounds + 1
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in model.WanModel(model.Config()).parameters())
+    clip = 2 * 21 * 16 * 60 * 104 + 2 * 200 * 4096  # fp16 latents; bf16 text of some 200 tokens
+    # a rollout is kept as made and as reversed; a model beside two checkpoints of weights and two moments
+    parts = {"clips": clips * clip, "rollouts": 2 * rollouts * clip,
+             "models": models * weights * 4 * (1 + 2 * 3)}
+    need, folder = sum(parts.values()), Path(cfg.out).resolve()
+    there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + there
+    print(f"{clips:,} clips, {cfg.rounds} rounds of {clips // 2:,} rollouts, {models} trainings of "
+          f"{cfg.train_steps:,} steps of {cfg.train_batch} clips")
+    print("disk: " + " + ".join(f"{name} {size / 1e9:.0f} GB" for name, size in parts.items())
+          + f" = {need / 1e9:.0f} GB; {free / 1e9:.0f} GB for it in {folder}")
+    if need > free:
+        raise UserError(f"{folder} is {(need - free) / 1e9:.0f} GB too small; choose another OUT, or fewer "
+                        "clips or ROUNDS")
+    if not torch.cuda.is_available():
+        return print("GPU hours: no GPU here to measure a step on")
+    shown = replace(cfg, model="1.3B", frames=81, size="832x480", batch=4, micro=1, steps=2, repeats=3,
+                    device="cuda", dtype="bfloat16")
+    training = bench_train(shown) / shown.batch * models * cfg.train_steps * cfg.train_batch / 3600
+    rolling = bench_generate(replace(shown, batch=1)) * 20 / shown.steps * rollouts / 3600
+    print(f"GPU hours: about {training:,.0f} of training, {rolling:,.0f} of rollouts")
 
 
 @torch.no_grad()
@@ -190,6 +231,7 @@ def bench_generate(cfg: Config):
     print(f"{cfg.model}, {cfg.batch} videos of {cfg.frames} frames of {cfg.size}, {cfg.steps} steps a chunk, "
           f"guided: {ours:.3f} s, its {count} forwards {theirs:.3f} s, {ours / theirs:.2f}x, "
           f"{cfg.batch * cfg.frames / ours:.1f} frames/s")
+    return ours
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ VAE_FILE = Path(__file__).with_name("toy_vae.safetensors")
 
 @dataclass
 class Config:
-    out: str = "toy"  # where videos/ and wan/ go
+    out: str = "toy"  # where videos/, wan/ and prompts.txt go
     clips: int = 600  # videos to draw
     seed: int = 0  # of the clips and of the networks' first weights
     train_vae: bool = False  # instead: train the tiny VAE anew into toy_vae.safetensors, for an hour
@@ -52,10 +52,11 @@ def main(cfg: Config):
             world = draw_world(cfg.seed, i)
             path = videos / f"{i:05d}.mp4"
             if not path.exists():
-                data.write_video(path, [render(world, FRAMES)], FPS, crf=8, preset="veryfast")
                 common.write_text(path.with_suffix(".txt"), caption(world) + "\n")
+                data.write_video(path, [render(world, FRAMES)], FPS, crf=8, preset="veryfast")
             bar.update()
     make_wan(wan, cfg.seed)
+    common.write_text(Path(cfg.out, "prompts.txt"), "".join(f"{prompt}\n" for prompt in captions()))
     print(f"{cfg.clips} videos of {FRAMES} frames in {videos}, a tiny Wan in {wan}")
 
 
@@ -93,6 +94,12 @@ def caption(world: World) -> str:
     return f"A {world.shape} moving {world.direction}"
 
 
+def captions() -> list[str]:
+    """All there are."""
+    anything = draw_world(0, 0)
+    return [caption(anything._replace(shape=s, direction=d)) for s in SHAPES for d in DIRECTIONS]
+
+
 def render(world: World, frames: int, start: int = 0) -> torch.Tensor:
     """[T, 3, SIZE, SIZE] in [-1, 1], exact at any time."""
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
@@ -126,17 +133,16 @@ def outline(shape: str, u, v, radius: float):
 def make_wan(folder: Path, seed: int = 0):
     """Everything a Wan2.1 download holds, in small; the transformer and text encoder have yet to learn."""
     (folder / "google" / "umt5-xxl").mkdir(parents=True, exist_ok=True)
-    captions = [caption(draw_world(0, 0)._replace(shape=s, direction=d)) for s in SHAPES for d in DIRECTIONS]
-    reverse = ["A reversed video of a" + words[1:] for words in captions]
+    reverse = ["A reversed video of a" + words[1:] for words in captions()]
     pieces = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(captions + reverse), model_writer=pieces, vocab_size=64,
-                               hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1,
-                               minloglevel=2)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(captions() + reverse), model_writer=pieces, model_type="bpe", vocab_size=128,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     with common.replacing(folder / "google" / "umt5-xxl" / "spiece.model") as temporary:
         temporary.write_bytes(pieces.getvalue())
     t5.save(tiny_t5(seed), folder / "t5.safetensors")
     vae.save(vae.load(VAE_FILE), folder / "vae.safetensors")
-    config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=32)
+    config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32)
     model.save(model.WanModel(config).init_weights("toy", seed), folder,
                geometry={"size": f"{SIZE}x{SIZE}", "frames": FRAMES, "fps": FPS})
 
@@ -144,7 +150,7 @@ def make_wan(folder: Path, seed: int = 0):
 @torch.no_grad()
 def tiny_t5(seed: int) -> t5.Encoder:
     """Random, and good enough: it only has to tell a few captions apart."""
-    encoder = t5.Encoder(vocab=64, dim=64, dim_attn=64, dim_ffn=128, heads=4, layers=2)
+    encoder = t5.Encoder(vocab=128, dim=64, dim_attn=64, dim_ffn=128, heads=4, layers=2)
     g = common.rng("t5", seed)
     for p in encoder.parameters():
         if p.ndim == 2:

@@ -74,6 +74,8 @@ def test_the_model_directory_is_complete(wan):
     assert data.geometry(wan) == (32, 32, 81, 16)
     rows = text.encode([f"A {s} moving {d}" for s in toy.SHAPES for d in toy.DIRECTIONS] + [""])
     assert all(3 <= len(r) <= net.config.text_len for r in rows[:-1])
+    longest = text.encode(["A reversed video of a triangle moving right"])[0]
+    assert len(longest) == 9, "a token for each word"
     pooled = torch.stack([r.mean(0) for r in rows])
     distance = torch.cdist(pooled, pooled) + 9 * torch.eye(len(rows))
     assert distance.min() > 0.05, "captions must differ in their embeddings"

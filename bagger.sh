@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# BAgger on one page: train, roll out, play backwards, add to the data, train again.
+#
+#   bash bagger.sh                  the whole method on a toy world, 2 CPU cores, no download but pip's
+#   QUICK=1 bash bagger.sh          the same in minutes, at sizes that prove nothing but the plumbing
+#   WAN=Wan2.1-T2V-1.3B VIDEOS=clips/ bash bagger.sh       the paper, on all GPUs of this machine
+#   PET_NNODES=2 PET_NODE_RANK=0 PET_MASTER_ADDR=host0 WAN=... bash bagger.sh       and, on another machine
+#                                   with the same disk, rank 1; these variables are torchrun's own
+#
+# Every stage goes on where it was killed and leaves alone what is done; so does this file, started again.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+WAN=${WAN:-}                # a Wan2.1 directory; none: the toy world
+VIDEOS=${VIDEOS:-}          # videos with captions, as prepare.py takes them
+SEED=${SEED:-0}
+INIT=${INIT:-base}          # what every round's training begins with: base (the paper) or previous
+if [ "$WAN" ]; then
+    OUT=${OUT:-run}
+    ROUNDS=${ROUNDS:-3}     # model_0 is the seed model, model_ROUNDS the last
+    STEPS=${STEPS:-16000}   # of each training
+    LENGTH=${LENGTH:-50}    # seconds of the videos that are evaluated
+    TRAIN=${TRAIN:-}        # more flags for train_df.py
+    MAKE=${MAKE:-}          # more flags for rollout.py and sample.py, which generate
+    PROMPTS=${PROMPTS:-$here/prompts.txt}
+elif [ "${QUICK:-}" ]; then
+    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 BASE_STEPS=4
+    TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
+    MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
+else
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-700} LENGTH=${LENGTH:-15} CLIPS=600 BASE_STEPS=1000
+    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.99 --shift 3 --log-every 50
+                    --eval-every 350 --save-every 100 --preview-every 350"}
+    MAKE=${MAKE:-"--steps 10 --guidance 3 --shift 3 --batch 16"}
+fi
+
+PYTHON=${PYTHON:-$here/.venv/bin/python}
+if ! [ -x "$PYTHON" ]; then
+    echo "== making $here/.venv"
+    python3 -m venv "$here/.venv"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+fi
+if [ "$WAN" ]; then
+    NPROC=${NPROC:-gpu}     # processes here; gpu: one for each
+else
+    NPROC=${NPROC:-$("$PYTHON" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')}
+fi
+one() { "$PYTHON" "$here/$1" "${@:2}"; }
+all() { "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; }
+train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy fits one process
+stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+mkdir -p "$OUT"
+if [ "$WAN" ]; then
+    base=$WAN
+    one bench.py plan --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --train-steps "$STEPS"
+else
+    stage "a toy world"
+    one toy.py --out "$OUT/toy" --clips "$CLIPS" --seed "$SEED"
+    WAN_DIR=$OUT/toy/wan VIDEOS=$OUT/toy/videos PROMPTS=$OUT/toy/prompts.txt base=$OUT/base
+fi
+
+# ------------------------------------------------------------------------------------------- Algorithm 1
+stage "seed data"
+all prepare.py --videos "$VIDEOS" --wan "${WAN_DIR:-$WAN}" --out "$OUT/agg_0" --seed "$SEED"
+if [ -z "$WAN" ]; then
+    stage "the toy's base model, bidirectional as Wan is"
+    train --mode full --data "$OUT/agg_0" --init "$WAN_DIR" --out "$base" $TRAIN --steps "$BASE_STEPS" \
+        --seed "$SEED"
+fi
+init=$base
+for ((k = 0; k <= ROUNDS; k++)); do
+    stage "round $k of $ROUNDS: train model_$k"
+    train --data "$OUT/agg_$k" --init "$init" --out "$OUT/model_$k" $TRAIN --steps "$STEPS" --seed "$SEED"
+    if [ "$INIT" = previous ]; then init=$OUT/model_$k; fi
+    if ((k < ROUNDS)); then
+        stage "round $k of $ROUNDS: roll model_$k out"
+        all rollout.py --model "$OUT/model_$k" --data "$OUT/agg_0" --out "$OUT/rollout_$k" --round "$k" \
+            --seed "$SEED" $MAKE
+        stage "round $k of $ROUNDS: play the rollouts backwards, add them to the data"
+        all aggregate.py --data "$OUT/agg_$k" --rollouts "$OUT/rollout_$k" --out "$OUT/agg_$((k + 1))"
+    fi
+done
+
+# ------------------------------------------------------------------------------------------- what came of it
+methods=()
+for ((k = 0; k <= ROUNDS; k++)); do
+    stage "videos of $LENGTH s from model_$k, the same prompts and noise for all"
+    all sample.py --model "$OUT/model_$k" --prompts "$PROMPTS" --seconds "$LENGTH" --out "$OUT/videos_$k" \
+        --seed "$SEED" $MAKE
+    methods+=("$([ $k = 0 ] && echo DF || echo "R$k")=$OUT/videos_$k")
+done
+stage "drift"
+all eval_drift.py "${methods[@]}" --out "$OUT/report" $([ "$WAN" ] || echo --toy)
+stage "done: open $OUT/report/report.html; rollouts are shown in $OUT/rollout_*/preview.png"
+if [ "${QUICK:-}" ]; then
+    echo "QUICK=1: every stage ran, on models that have learnt nothing; their numbers mean nothing."
+fi
