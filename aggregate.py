@@ -169,14 +169,7 @@ def describe(cfg, clips, rollouts, out, ranks):
         "paste_real": cfg.paste_real and str(Path(cfg.paste_real).resolve()), "dtype": cfg.dtype}
     if ranks.rank == 0:
         (out / "clips").mkdir(parents=True, exist_ok=True)
-        if (out / "meta.json").exists():
-            before = common.read_json(out / "meta.json")
-            for key, value in meta.items():
-                if before.get(key) != value:
-                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
-                                    "choose another --out, or remove it")
-        else:
-            data.write_meta(out, meta | {"command": sys.argv})
+        common.claim(out / "meta.json", meta, command=sys.argv)
     dist.barrier()
 
 

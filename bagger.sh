@@ -46,8 +46,11 @@ else
     NPROC=${NPROC:-$("$PYTHON" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')}
 fi
 one() { "$PYTHON" "$here/$1" "${@:2}"; }
-all() { "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; }
-train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy fits one process
+all() {
+    if [ "$NPROC" = 1 ]; then one "$@"
+    else "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
+}
+train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy needs one process
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 mkdir -p "$OUT"

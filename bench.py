@@ -135,7 +135,7 @@ def bench_train(cfg: Config):
             entries.append({"id": str(i), "file": f"clips/{i}.safetensors", "kind": "seed"})
         data.write_text_embedding(folder / "empty.safetensors", torch.zeros(1, sizes.text_dim))
         data.write_index(folder, entries)
-        data.write_meta(folder, {"latents": latent_shape(cfg)})
+        common.claim(Path(folder, "meta.json"), {"latents": latent_shape(cfg)})
         model.save(model.WanModel(sizes).init_weights("bench"), folder / "init")
 
         ranks = common.start_ranks(cfg.device)

@@ -16,6 +16,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,8 +124,8 @@ def start_ranks(device: str | None = None) -> Ranks:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # ranks that share out clips may be done hours apart
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -191,6 +192,22 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def claim(file, own: dict, **about) -> bool:
+    """file says how all in its folder is made: writes it (and, for people, about), or refuses a folder that
+    was begun in another way. True: it was begun before."""
+    file = Path(file)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(own | about, ensure_ascii=False, indent=1) + "\n")
+        return False
+    before = read_json(file)
+    for key, value in own.items():
+        if before.get(key) != value:
+            raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
+                            "another --out, or remove it")
+    return True
 
 
 def write_text(path, text: str):

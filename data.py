@@ -442,10 +442,6 @@ def as_lines(entries: Iterable[dict]) -> str:
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
-def write_meta(folder, meta: dict):
-    write_text(Path(folder) / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-
-
 class Clips:
     """A store opened for reading: keeps each clip's byte offset and kind, and reads the rest when asked."""
 

@@ -7,6 +7,7 @@ Captions: clip.txt beside clip.mp4, or a metadata.jsonl / metadata.csv that list
 again it continues. A clip that cannot be used is listed with the reason, and the rest goes on.
 """
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,7 @@ def describe(cfg, geometry, out, ranks):
             "t5": common.fingerprint(*t5.find_weights(cfg.wan))}
     if ranks.rank == 0:
         (out / "clips").mkdir(parents=True, exist_ok=True)
-        if (out / "meta.json").exists():
-            before = common.read_json(out / "meta.json")
-            for key, value in meta.items():
-                if before.get(key) != value:
-                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
-                                    "choose another --out, or remove it")
-        else:
-            data.write_meta(out, meta | {"command": sys.argv})
+        common.claim(out / "meta.json", meta, command=sys.argv)
     dist.barrier()
 
 
@@ -109,7 +103,9 @@ def text_file(out: Path, id: str) -> Path:
 
 
 def encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped):
-    network, listed = vae.load(cfg.wan, ranks.device, dtype), 0
+    network = vae.load(cfg.wan, ranks.device, dtype)
+    data.append_index(out, [])  # makes it, or mends the last line of a run that was killed
+    listed = len(data.Clips(out))
 
     def read(source):
         try:
@@ -158,8 +154,9 @@ def finish(sources, out, ranks, skipped):
         data.write_index(out, [entry(s) for s in sources if s.id not in skipped])
         reasons = [reason for _, reason in sorted(skipped.items())]
         common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for reason in reasons))
-        if not any((out / "text").iterdir()):
-            (out / "text").rmdir()
+        shutil.rmtree(out / "text", ignore_errors=True)
+        for torn in out.rglob(".*.tmp"):  # by whoever was killed
+            torn.unlink()
         print(*(f"skipped: {reason}\n" for reason in reasons), sep="", end="")
         print(f"{len(sources) - len(skipped)} clips in {out}, {len(skipped)} skipped"
               + (f" (listed in {out / 'skipped.txt'})" if skipped else ""))

@@ -152,14 +152,7 @@ def describe(cfg, clips, count, dtype, out, ranks):
         "shift": cfg.shift, "solver": cfg.solver, "dtype": dtype}
     if ranks.rank == 0:
         (out / "clips").mkdir(parents=True, exist_ok=True)
-        if (out / "meta.json").exists():
-            before = common.read_json(out / "meta.json")
-            for key, value in meta.items():
-                if before.get(key) != value:
-                    raise UserError(f"{out} was begun with {key} = {before.get(key)}, not {value}; "
-                                    "choose another --out, or remove it")
-        else:
-            data.write_meta(out, meta | {"command": sys.argv})
+        common.claim(out / "meta.json", meta, command=sys.argv)
         data.append_index(out, [])  # mends the last line of a run that was killed
     dist.barrier()
 

@@ -73,6 +73,7 @@ class Config:
     eval_every: int = 500  # steps between measurements of the held-out loss
     preview_every: int = 1000  # steps between previews; 0 is none
     previews: int = 2  # videos in a preview, of the first held-out prompts
+    guidance: float = 6.0  # towards the prompt, in previews
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     skip_bad: bool = False  # leave out clips that cannot be read, and count them
@@ -93,7 +94,7 @@ def main(cfg: Config):
     ranks, caught = common.start_ranks(cfg.device), catch_signals()
     cfg = complete(cfg, ranks)
     clips, out = Clips(cfg), Path(cfg.out)
-    if claim(cfg, clips, ranks):
+    if finished(cfg, clips, ranks):
         return print0(f"{out} is trained already: {cfg.steps} steps")
     state = begin(cfg, clips, ranks)
     resumed = load_newest(out, state, ranks)
@@ -313,7 +314,8 @@ def shares(cfg, ranks, first: int):
 
 # what may differ when a run goes on: where, how fast and how far it runs, and what it shows
 CHANGEABLE = {"data", "init", "out", "wan", "steps", "micro", "log_every", "eval_every", "preview_every",
-              "previews", "save_every", "keep", "skip_bad", "wandb", "recompute", "compile", "device"}
+              "previews", "guidance", "save_every", "keep", "skip_bad", "wandb", "recompute", "compile",
+              "device"}
 
 
 def complete(cfg: Config, ranks) -> Config:
@@ -343,25 +345,16 @@ def complete(cfg: Config, ranks) -> Config:
     return cfg
 
 
-def claim(cfg, clips, ranks) -> bool:
+def finished(cfg, clips, ranks) -> bool:
     """Makes --out this run's own, or refuses it as another's. True: the run is complete."""
     own = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in CHANGEABLE}
     own |= {"init": common.fingerprint(*model.find_weights(cfg.init)),
             "data": common.fingerprint(clips.store.index)}
-    file = Path(cfg.out, "train", "run.json")
-    before = common.read_json(file) if file.exists() else None
-    if before:
-        for key, value in own.items():
-            if before.get(key) != value:
-                raise UserError(f"{cfg.out} was begun with {key} = {before.get(key)}, not {value}; choose "
-                                "another --out, or remove it")
-    elif ranks.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"command": sys.argv, "torch": torch.__version__}
-        common.write_text(file, json.dumps(own | about, indent=1) + "\n")
+    if ranks.rank == 0:
+        common.claim(Path(cfg.out, "run.json"), own, command=sys.argv, torch=torch.__version__)
     dist.barrier()
     done = Path(cfg.out, "config.json")
-    return bool(before) and done.exists() and common.read_json(done).get("step") == cfg.steps
+    return done.exists() and common.read_json(done).get("step") == cfg.steps
 
 
 @dataclass
@@ -632,7 +625,7 @@ def preview(cfg, clips, state, step: int, ranks):
             clip = clips.load(chosen[place])
             latents = diffusion.generate(net, [clip["text"].float()], clips.null, shape=shape, ids=[place],
                                          frames=frames, chunk=chunk, window=window, keep=chunk,
-                                         shift=cfg.shift)
+                                         shift=cfg.shift, guidance=cfg.guidance)
             if k + ranks.rank == place:  # else another rank makes it
                 video = data.to_uint8(coder.decode(latents.to(next(coder.parameters()).dtype))[0])
                 path = folder / f"step-{step:06d}-{place}.mp4"

@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
 .venv/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -q --durations=5 "$@"
+exec .venv/bin/python -m pytest -q -n "${TEST_PROCESSES:-2}" --durations=5 "$@"

@@ -36,14 +36,6 @@ FRAMES, LATENTS = 21, 6
 CLIPS, ROLLOUTS = 4, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def alone(stage, **flags):
     """Runs a stage's main as one process."""
     try:
@@ -380,7 +372,8 @@ def test_killed_before_each_change_on_disk(work):
     """Whatever file is about to appear or go; what is there then is no store, or a whole one."""
     count = 2
     data.write_index("rollout_0", list(data.Clips("rollout_0"))[:count])
-    data.write_meta("rollout_0", json.loads(Path("rollout_0/meta.json").read_text()) | {"count": count})
+    meta = json.loads(Path("rollout_0/meta.json").read_text()) | {"count": count}
+    common.write_text("rollout_0/meta.json", json.dumps(meta))
     whole, kills = tree(make()), 0
 
     def patch():
@@ -473,7 +466,7 @@ def test_refusals(work, flags, message):
 @pytest.mark.parametrize("key", aggregate.GEOMETRY)
 def test_rollouts_of_other_data(work, key):
     meta = json.loads(Path("rollout_0/meta.json").read_text())
-    data.write_meta("rollout_0", meta | {key: "other"})
+    common.write_text("rollout_0/meta.json", json.dumps(meta | {key: "other"}))
     refused(f"rollout_0 was made with {key} = other, agg_0 with .*; aggregate rollouts of the same data")
 
 

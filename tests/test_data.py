@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -553,7 +554,7 @@ def test_store_round_trip(tmp_path):
     nasty = entry(4, "corrective", prompt='"kind": "seed" \u901f\u3044\n"kind', source='"kind')
     data.append_index(tmp_path / "agg_0", [nasty])
     meta = {"fps": 16, "size": [832, 480], "command": "prepare.py --data '\u00fc'"}
-    data.write_meta(tmp_path / "agg_0", meta)
+    common.claim(Path(tmp_path / "agg_0", "meta.json"), meta)
     assert len(clips) == 4, "a store is what it was when it was opened"
     clips = data.Clips(tmp_path / "agg_0")
     assert clips.kinds == ["seed"] * 4 + ["corrective"]
@@ -688,7 +689,7 @@ def test_files_are_as_readable_as_the_user_wants(tmp_path):
         folder, before = tmp_path / f"{mask:o}", os.umask(mask)
         try:
             fill_store(folder, 1)
-            data.write_meta(folder, {})
+            common.claim(Path(folder, "meta.json"), {})
             data.write_video(folder / "a.mp4", torch.zeros(2, 3, 32, 32), 16)
             data.write_png(folder / "a.png", torch.zeros(3, 8, 8))
         finally:

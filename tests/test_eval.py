@@ -33,14 +33,6 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCRIPT = Path(eval_drift.__file__)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ramp(frames):
     return torch.linspace(0, 1, frames).view(-1, 1, 1, 1)
 
@@ -570,7 +562,7 @@ def world(tmp_path_factory):
         data.write_clip(root / "agg_0", str(i), coder.encode(video)[0], torch.ones(4, 64), "a disc", "a.mp4")
     data.write_index(root / "agg_0", [{"id": str(i), "file": f"clips/{i}.safetensors", "kind": "seed"}
                                       for i in range(2)])
-    data.write_meta(root / "agg_0", {"latents": [21, 16, 4, 4], "wan": str(root / "wan")})
+    common.claim(Path(root / "agg_0", "meta.json"), {"latents": [21, 16, 4, 4], "wan": str(root / "wan")})
     data.write_text_embedding(root / "agg_0" / "empty.safetensors", torch.zeros(1, 64))
     config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=32)
     net = model.WanModel(config).init_weights("eval")
@@ -591,7 +583,7 @@ def test_probes(world, videos, evaluate):
     with pytest.raises(UserError, match="seed clips of at least 15 latent"):
         Path("short").mkdir()
         Path("short/index.jsonl").write_text((world / "agg_0/index.jsonl").read_text())
-        data.write_meta("short", {"latents": [12, 16, 4, 4]})
+        common.claim(Path("short", "meta.json"), {"latents": [12, 16, 4, 4]})
         evaluate(videos / "kept", **flags | {"data": "short"})
 
 

@@ -19,14 +19,6 @@ import metrics
 from common import UserError, rng
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def no_caches(tmp_path, monkeypatch):
     """Files that this machine happens to have must not be found."""

@@ -33,14 +33,6 @@ FRAMES = 9  # latent: a real chunk and two to make
 SEEDS = 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """wan/, model/ that names it, and agg_0/ with 7 seed clips of noise and 2 corrective ones in between."""
@@ -64,7 +56,7 @@ def fill(folder, wan, frames=FRAMES, channels=16, text_dim=64, kinds="scsssscss"
         entries.append({"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "round": 0,
                         "kind": {"s": "seed", "c": "corrective"}[kind], "source": f"{id}.mp4"})
     data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=g))
-    data.write_meta(folder, {
+    common.claim(Path(folder, "meta.json"), {
         "latents": [frames, channels, 4, 4], "width": 32, "height": 32, "frames": 4 * frames - 3, "fps": 16,
         "wan": str(wan), "vae": common.fingerprint(*wan_vae.find(wan)[0]), "t5": "t5", "seed": 0})
     data.write_index(folder, entries)

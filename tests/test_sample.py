@@ -29,14 +29,6 @@ SIZE = 32  # 2 tokens across and down behind a VAE that halves it 3 times
 TINY = dict(steps=1, window=9, keep=6, seconds=0.5, preset="ultrafast")  # 9 frames: one chunk
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """wan/ with a VAE, a text encoder and a tokenizer; model/ that names it, relative to itself."""

@@ -31,14 +31,6 @@ SHAPE = (15, 4, 4, 4)  # 5 chunks: 4 of prefix, one to learn
 TIMES = {"seconds_per_step", "clips_per_second", "gigabytes"}  # what differs from run to run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def alone(request):
     yield
@@ -74,7 +66,7 @@ def fill(folder, kinds, shape=SHAPE, text_dim=64, smooth=False):
         entries.append({"id": f"c{i}", "file": f"clips/c{i}.safetensors", "prompt": "A disc", "kind": kind,
                         "round": 0, "source": "a.mp4"})
     data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=common.rng(0)))
-    data.write_meta(folder, {"latents": shape, "fps": 16, "wan": str(folder.parent / "wan")})
+    common.claim(Path(folder, "meta.json"), {"latents": shape, "fps": 16, "wan": str(folder.parent / "wan")})
     data.write_index(folder, entries)
 
 
