@@ -29,8 +29,8 @@ elif [ "${QUICK:-}" ]; then
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
     OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-700} LENGTH=${LENGTH:-15} CLIPS=600 BASE_STEPS=1000
-    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.99 --shift 3 --log-every 50
-                    --eval-every 350 --save-every 100 --preview-every 350"}
+    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.99 --shift 3 --guidance 3
+                    --log-every 50 --eval-every 350 --save-every 100 --preview-every 350"}
     MAKE=${MAKE:-"--steps 10 --guidance 3 --shift 3 --batch 16"}
 fi
 

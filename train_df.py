@@ -85,11 +85,6 @@ class Config:
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
 
 
-# what may differ when a run goes on: how far, where and how fast, what is shown
-FREE = {"out", "wan", "steps", "micro", "log_every", "eval_every", "preview_every", "previews", "save_every",
-        "keep", "skip_bad", "wandb", "recompute", "compile", "device"}
-
-
 def main(cfg: Config):
     ranks, caught = common.start_ranks(cfg.device), catch_signals()
     cfg = complete(cfg, ranks)
@@ -97,7 +92,7 @@ def main(cfg: Config):
     if finished(cfg, clips, ranks):
         return print0(f"{out} is trained already: {cfg.steps} steps")
     state = begin(cfg, clips, ranks)
-    resumed = load_newest(out, state, ranks)
+    resumed = load_newest(cfg, state, ranks)
     log, first = Log(cfg, clips, state, ranks, resumed), resumed or 0
 
     micro = common.ahead(clips.micro_batch, shares(cfg, ranks, first))
@@ -448,11 +443,13 @@ def finish_save(cfg, state, ranks):
             shutil.rmtree(old)
 
 
-def load_newest(out: Path, state, ranks) -> int | None:
+def load_newest(cfg, state, ranks) -> int | None:
     """The step gone on from; None at the beginning."""
-    if not checkpoints(out):
+    if not checkpoints(Path(cfg.out)):
         return None
-    step, folder = checkpoints(out)[-1]
+    step, folder = checkpoints(Path(cfg.out))[-1]
+    if step > cfg.steps:
+        raise UserError(f"{folder} is beyond --steps {cfg.steps}; choose more steps, or another --out")
     dcp.load(contents(state), checkpoint_id=folder)
     for p in state.weights.values():
         state.optimizer.state[p]["step"].fill_(step)

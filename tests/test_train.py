@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,8 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(world, reference, tmp
     run(full_config(world, tmp_path / "out"))
     assert "trained already: 6 steps" in capsys.readouterr().out
     run(full_config(world, tmp_path / "out", steps=8))
+    with pytest.raises(UserError, match="step-8 is beyond --steps 7"):
+        run(full_config(world, tmp_path / "out", steps=7))
     whole = tmp_path / "whole"
     run(full_config(world, whole, steps=8))
     same_run(whole, tmp_path / "out", tmp_path)
@@ -396,6 +399,16 @@ def test_the_log_says_what_was_computed(world, tmp_path):
     assert line["loss"] == pytest.approx(sum(loss) / 12, rel=1e-4)
     assert line["by_chunk"] == pytest.approx([sum(x) / len(x) for x in chunk], rel=1e-4)
     assert line["by_noise"] == [pytest.approx(sum(x) / len(x), rel=1e-4) if x else None for x in noise]
+
+
+def test_the_log_for_others(world, tmp_path, monkeypatch):
+    told = []
+    fake = types.SimpleNamespace(init=lambda **about: types.SimpleNamespace(
+        log=lambda line, step: told.append((step, about["project"], sorted(line)))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(config(world, tmp_path / "out", steps=1, wandb="mine"))
+    assert [(step, project) for step, project, _ in told] == [(0, "mine"), (1, "mine"), (1, "mine")]
+    assert {"loss", "lr", "grad_norm"} < set(told[1][2]) and "held_out" in told[2][2]
 
 
 def test_it_learns(world, tmp_path):
