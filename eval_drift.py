@@ -136,7 +136,8 @@ class Clip(NamedTuple):
 
 def require(clips, skipped):
     if not clips:
-        raise UserError("no video can be scored: " + "; ".join(skipped.values()))
+        raise UserError("no video can be scored: " + "; ".join(
+            reason if path in reason else f"{path} {reason}" for path, reason in skipped.items()))
 
 
 def wanted(cfg: Config, clips: list[Clip]) -> list[str]:
