@@ -438,7 +438,7 @@ def test_damage_found_while_decoding(videos, evaluate, tmp_path, monkeypatch):
 
 def test_folders_that_cannot_be_scored(videos, evaluate, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no video can be scored: holds no videos"):
+    with pytest.raises(UserError, match="no video can be scored: empty holds no videos"):
         evaluate("empty")
     status, found = evaluate(videos / "kept", "empty")
     assert status == 3 and found["skipped"] == {"empty": "holds no videos"} and len(found["videos"]) == 3
