@@ -41,6 +41,11 @@ DIMENSIONS = {
     "aesthetic_quality": "LAION's aesthetic predictor, on CLIP features",
     "imaging_quality": "MUSIQ, trained on SPAQ",
 }
+SCALE = {"imaging_quality": 1, "motion_quality": 1, "frame_quality": 1}  # to 0..100; of the others, 100
+QUALITIES = {  # of the paper's Table 2, means of two each
+    "motion_quality": ("motion_smoothness", "dynamic_degree"),
+    "frame_quality": ("aesthetic_quality", "imaging_quality"),
+}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import diffusion
 import eval_drift
 import metrics
 import model
+import report as page
 import toy
 import vae
 from common import UserError
@@ -120,7 +121,7 @@ def test_pairs_share_a_name_or_prompt_and_seed():
     a = [row("0.mp4", "x", 0), row("1.mp4", "y", 1), row("2.mp4", "z", None), row("3.mp4", "w", 5)]
     b = [row("0.mp4", "other", 9), row("b.mp4", "y", 1), row("c.mp4", "z", None), row("d.mp4", "w", 5),
          row("e.mp4", "w", 5)]
-    assert [(x["name"], y["name"]) for x, y in eval_drift.partners(a, b)] == [("0.mp4", "0.mp4"),
+    assert [(x["name"], y["name"]) for x, y in page.partners(a, b)] == [("0.mp4", "0.mp4"),
                                                                              ("1.mp4", "b.mp4")]
 
 
@@ -141,7 +142,7 @@ def test_the_papers_table():
     report["mean"]["B"]["imaging_quality"]["drift"] = 7.34
     report["paired"] = [{"a": "A", "b": "B", "pairs": 3, "b_minus_a": {
         "saturation": {"log_ratio": [-0.45, -0.6, -0.3]}, "imaging_quality": {"drift": [3.77, -0.1, 7]}}}]
-    first, change, spread, paired = eval_drift.tables(report)
+    first, change, spread, paired = page.tables(report)
     assert first.heads == ["Method", "Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging",
                            "d Aesthetic", "d Imaging"]
     assert first.rows == [
@@ -152,7 +153,7 @@ def test_the_papers_table():
     assert paired.heads == ["", "B (3 pairs)"]
     assert paired.rows == [["d Imaging", "+3.77 [-0.10, 7.00]"],
                            ["log ratio of saturation", "**-0.45 [-0.60, -0.30]**"]]
-    lines = eval_drift.as_markdown([first]).splitlines()
+    lines = page.as_markdown([first]).splitlines()
     assert lines[4:6] == ["| Method | Subject          | Bg. Cons. | Smooth. | Dynamic | Aesthetic | Imaging"
                           "          | d Aesthetic | d Imaging       |",
                           "|--------|------------------|-----------|---------|---------|-----------|--------"
@@ -161,8 +162,8 @@ def test_the_papers_table():
 
 def test_the_papers_second_table_and_a_single_method():
     report = report_of(A={"motion_quality": 87.59, "frame_quality": 59.38})
-    assert eval_drift.tables(report)[1].rows == [["A", "87.59 (0.01)", "59.38 (0.01)"]], "nothing to be bold"
-    assert eval_drift.tables(report)[0].rows == [["A"] + ["-"] * 8]
+    assert page.tables(report)[1].rows == [["A", "87.59 (0.01)", "59.38 (0.01)"]], "nothing to be bold"
+    assert page.tables(report)[0].rows == [["A"] + ["-"] * 8]
 
 
 # ------------------------------------------------------------------------------------------- whole runs
@@ -237,7 +238,7 @@ def test_frames_of_a_strip_go_from_first_to_last(tmp_path):
     write(tmp_path / "a.mp4", grey.to(torch.uint8))
     video = data.probe(tmp_path / "a.mp4")
     clip = eval_drift.Clip("m", "a.mp4", video.path, video.fps, 32, 32, 61, "", None, "")
-    shown = eval_drift.across_time(clip).float().mean((1, 2, 3)) / 4
+    shown = page.across_time(clip).float().mean((1, 2, 3)) / 4
     assert shown.tolist() == pytest.approx([i * 60 / 7 for i in range(8)], abs=1.6)
 
 
