@@ -24,14 +24,14 @@ if [ "$WAN" ]; then
     MAKE=${MAKE:-}          # more flags for rollout.py and sample.py, which generate
     PROMPTS=${PROMPTS:-$here/prompts.txt}
 elif [ "${QUICK:-}" ]; then
-    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 BASE_STEPS=4
+    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8 BASE_STEPS=4
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
-    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-700} LENGTH=${LENGTH:-15} CLIPS=600 BASE_STEPS=1000
-    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.99 --shift 3 --guidance 3
-                    --log-every 50 --eval-every 350 --save-every 100 --preview-every 350"}
-    MAKE=${MAKE:-"--steps 10 --guidance 3 --shift 3 --batch 16"}
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-1200} LENGTH=${LENGTH:-15} CLIPS=600 STARTS=32 BASE_STEPS=600
+    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3 --guidance 3
+                    --log-every 50 --eval-every 400 --save-every 200 --preview-every 600"}
+    MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
 fi
 
 PYTHON=${PYTHON:-$here/.venv/bin/python}
@@ -48,7 +48,7 @@ fi
 one() { "$PYTHON" "$here/$1" "${@:2}"; }
 all() {
     if [ "$NPROC" = 1 ]; then one "$@"
-    else "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
+    else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
 }
 train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy needs one process
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -59,8 +59,8 @@ if [ "$WAN" ]; then
     one bench.py plan --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --train-steps "$STEPS"
 else
     stage "a toy world"
-    one toy.py --out "$OUT/toy" --clips "$CLIPS" --seed "$SEED"
-    WAN_DIR=$OUT/toy/wan VIDEOS=$OUT/toy/videos PROMPTS=$OUT/toy/prompts.txt base=$OUT/base
+    one toy.py --out "$OUT/toy" --clips "$CLIPS" --starts "$STARTS" --seed "$SEED"
+    WAN_DIR=$OUT/toy/wan VIDEOS=$OUT/toy/videos PROMPTS=$OUT/toy/prompts.jsonl base=$OUT/base
 fi
 
 # ------------------------------------------------------------------------------------------- Algorithm 1

@@ -390,6 +390,9 @@ class WanModel(nn.Module):
             elif isinstance(module, (Block, Head)):
                 modulation = torch.randn(module.modulation.shape, generator=generator)
                 module.modulation.copy_(modulation / self.config.dim**0.5)
+        for block in self.blocks:  # which begins by changing little: deep ones learn sooner
+            for last in block.self_attn.o, block.cross_attn.o, block.ffn[2]:
+                last.weight.mul_(0.1)
         self.head.head.weight.zero_()
         return self
 

@@ -9,7 +9,8 @@
     torchrun --nproc-per-node 8 sample.py ...                               prompts spread over 8 GPUs
 
 A line of a .jsonl: {"prompt": "..."} or {"prompt": ["...", "..."], "times": [0, 20]}, and, if they are to
-differ, "seed", "seconds" and "name". Killed and started again it makes the videos that are missing.
+differ, "seed", "seconds", "name" and "extend" (a path from the .jsonl's folder). Killed and started again it
+makes the videos that are missing.
 """
 
 import contextlib
@@ -85,7 +86,8 @@ RECIPE = {f.name for f in dataclasses.fields(Config)} - {
 
 class Video(NamedTuple):
     path: Path
-    frames: int  # latent
+    begin: int  # latent frames it continues
+    frames: int  # latent, those included
     starts: list[int]  # the latent frame from which each of its prompts holds
     tags: dict  # its whole recipe
 
@@ -97,8 +99,7 @@ def main(cfg: Config):
     limits = model.read_checkpoint(cfg.model)[1]  # what is no model is refused before anything is loaded
     rows, dtype = read_prompts(cfg, before), getattr(torch, cfg.dtype)
     coder = vae.load(cfg.wan, ranks.device, dtype)
-    pixels = read_context(cfg, coder)  # uint8 [T,3,H,W], None if the video begins with nothing
-    videos = plan(cfg, rows, coder, begin=0 if pixels is None else coder.latent_count(len(pixels)))
+    videos = plan(cfg, rows, coder)
     if before and before["fingerprint"] != videos[0].tags["fingerprint"]:
         print0(f"warning: {cfg.model} is not the model that made {cfg.like}: the video will differ")
     mine = [video for video in videos[ranks.rank::ranks.world] if not finished(video)]
@@ -107,13 +108,12 @@ def main(cfg: Config):
     if not mine:
         return
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    context = None if pixels is None else coder.encode(data.to_float(pixels[None].to(ranks.device)))
     # one large network at a time: the text encoder alone is 11 GB
     texts = encode_prompts(cfg, mine, limits, ranks.device, dtype)
     net = model.load(cfg.model, ranks.device, dtype)
     with common.progress(sum(video.tags["frames"] for video in mine), "frames", ranks) as bar:
         for batch in batches(mine, cfg.batch):
-            make(cfg, batch, net, coder, texts, pixels, context, bar)
+            make(cfg, batch, net, coder, texts, ranks.device, bar)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def read_prompts(cfg: Config, before: dict) -> list[tuple[str, dict]]:
     return rows
 
 
-ROW = {"prompt": (str, list), "times": list, "seed": int, "seconds": (int, float), "name": str}
+ROW = {"prompt": (str, list), "times": list, "seed": int, "seconds": (int, float), "name": str, "extend": str}
 
 
 def read_row(line: str, where: str) -> dict:
@@ -191,7 +191,9 @@ def read_row(line: str, where: str) -> dict:
     for key, value in row.items():
         if not isinstance(value, ROW.get(key, ())):
             raise UserError(f"{where}: {key} = {json.dumps(value)[:40]}; a line may hold prompt (a text or a "
-                            "list), times (a list), seed, seconds and name")
+                            "list), times (a list), seed, seconds, name and extend (a path)")
+    if "extend" in row:
+        row["extend"] = str(Path(where.rpartition(":")[0]).resolve().parent / row["extend"])
     return row
 
 
@@ -220,28 +222,37 @@ def texts_and_times(row: dict, seconds: float, where: str) -> tuple[list[str], l
 # ----------------------------------------------------------------------------------------------------
 # what to make
 
-def read_context(cfg: Config, coder) -> torch.Tensor | None:
-    """What the video begins with, uint8 [T,3,H,W]: an image, the end of a clip, or nothing."""
+def count_context(cfg: Config, extend: str | None, coder) -> int:
+    """How many latent frames a video begins with: an image, the end of a clip, or none."""
     width, height, _, fps = data.geometry(cfg.wan, cfg.size)
-    if height % (2 * coder.space) or width % (2 * coder.space):
-        raise UserError(f"size {cfg.size}: width and height must be multiples of {2 * coder.space}")
     if cfg.image:
-        return data.read_image(cfg.image, (width, height))
-    if not cfg.extend:
-        return None
-    video = data.probe(cfg.extend)
-    there = data.count_crops(video, 1, fps)
+        return len(data.read_image(cfg.image, (width, height)))
+    if not extend:
+        return 0
+    there = data.count_crops(data.probe(extend), 1, fps)
     # as much as a window keeps of the last: 45 frames, or else 33, 21, 9
     for latents in range(max(cfg.keep // CHUNK, 1) * CHUNK, 0, -CHUNK):
         if (count := coder.frame_count(latents)) <= there:
-            return data.read_clip(video, count, fps, (width, height), start=-count)
-    raise UserError(f"{cfg.extend} is too short to continue: it has {there} frames at {fps} fps, {count} are "
-                    "the least")
+            return latents
+    raise UserError(f"{extend} is too short to continue: it has {there} frames at {fps} fps, {count} are the "
+                    "least")
 
 
-def plan(cfg: Config, rows, coder, begin: int) -> list[Video]:
-    """Every video asked for; begin: how many latent frames it continues."""
-    videos, fps = {}, data.geometry(cfg.wan, cfg.size).fps
+def read_context(cfg: Config, video: Video, coder) -> torch.Tensor:
+    """What a video begins with, uint8 [T,3,H,W]."""
+    width, height, _, fps = data.geometry(cfg.wan, cfg.size)
+    if cfg.image:
+        return data.read_image(cfg.image, (width, height))
+    count = coder.frame_count(video.begin)
+    return data.read_clip(data.probe(video.tags["extend"]), count, fps, (width, height), start=-count)
+
+
+def plan(cfg: Config, rows, coder) -> list[Video]:
+    """Every video asked for."""
+    width, height, _, fps = data.geometry(cfg.wan, cfg.size)
+    if height % (2 * coder.space) or width % (2 * coder.space):
+        raise UserError(f"size {cfg.size}: width and height must be multiples of {2 * coder.space}")
+    videos = {}
     same = {k: getattr(cfg, k) for k in RECIPE} | {
         "fps": fps, "fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
         "command": shlex.join(sys.argv)}
@@ -249,6 +260,10 @@ def plan(cfg: Config, rows, coder, begin: int) -> list[Video]:
         seconds = row.get("seconds", cfg.seconds)
         if not 0 < seconds < math.inf:
             raise UserError(f"{where}: {seconds:g} s is no length for a video")
+        extend = row.get("extend", cfg.extend)
+        if cfg.image and extend:
+            raise UserError(f"{where}: extend, and --image: a video begins with one or the other")
+        begin = count_context(cfg, extend, coder)
         frames = latent_frames(seconds, fps, coder, begin)
         if frames <= begin:
             raise UserError(f"{where}: {seconds:g} s must be more than the "
@@ -263,9 +278,9 @@ def plan(cfg: Config, rows, coder, begin: int) -> list[Video]:
             file = name + f"-seed{seed}" * (seed != 0 or cfg.samples > 1) + ".mp4"
             if Path(file).name != file or file in videos:
                 raise UserError(f"{where}: the name {file} is taken, or is no file's; choose another")
-            videos[file] = Video(Path(cfg.out, file), frames, starts, same | {
-                "prompt": " | ".join(texts), "prompts": texts, "times": times, "seed": seed, "id": row["id"],
-                "name": name, "seconds": seconds, "frames": coder.frame_count(frames)})
+            videos[file] = Video(Path(cfg.out, file), begin, frames, starts, same | {
+                "extend": extend, "prompt": " | ".join(texts), "prompts": texts, "times": times, "seed": seed,
+                "id": row["id"], "name": name, "seconds": seconds, "frames": coder.frame_count(frames)})
     return list(videos.values())
 
 
@@ -318,26 +333,27 @@ def encode_prompts(cfg: Config, videos, limits, device, dtype) -> dict[str, torc
 
 
 def batches(videos, size: int):
-    """Only videos that change their text at the same frames can be made together."""
+    """Only videos that begin alike and change their text at the same frames can be made together."""
     groups = defaultdict(list)
     for video in videos:
-        groups[video.frames, *video.starts].append(video)
+        groups[video.begin, video.frames, *video.starts].append(video)
     for group in groups.values():
         yield from (group[i:i + size] for i in range(0, len(group), size))
 
 
-def make(cfg: Config, videos, net, coder, texts, pixels, context, bar):
+def make(cfg: Config, videos, net, coder, texts, device, bar):
     """Generates videos together; each chunk is decoded and goes to the files as soon as it is done."""
     began, drift, frames = time.monotonic(), [], videos[0].tags["frames"]
     schedule = [(start, [texts[video.tags["prompts"][i]] for video in videos])
                 for i, start in enumerate(videos[0].starts)]
     width, height = map(int, cfg.size.split("x"))
+    given = torch.stack([read_context(cfg, video, coder) for video in videos]) if videos[0].begin else None
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(writing(video)) for video in videos]
 
         def on_chunk(first, latents, video):
-            if first == 0 and context is not None:  # as it was given, not as the VAE shows it
-                video = pixels.expand(len(videos), *pixels.shape)
+            if first == 0 and given is not None:  # as it was given, not as the VAE shows it
+                video = given
             for send, piece in zip(files, data.to_uint8(video), strict=True):
                 send(piece)
             drift.append((first, diffusion.drift_statistics(latents)))  # numbers only at the end: no waiting
@@ -347,7 +363,8 @@ def make(cfg: Config, videos, net, coder, texts, pixels, context, bar):
             net, schedule, texts[cfg.negative], frames=videos[0].frames,
             shape=(coder.z_dim, height // coder.space, width // coder.space),
             ids=[(video.tags["seed"], video.tags["id"]) for video in videos],  # so that a batch may mix seeds
-            context=None if context is None else context.expand(len(videos), *context.shape[1:]),
+            context=None if given is None else torch.cat(
+                [coder.encode(data.to_float(pixels[None].to(device))) for pixels in given]),
             chunk=CHUNK, steps=cfg.steps, shift=cfg.shift, guidance=cfg.guidance, solver=cfg.solver,
             context_noise=cfg.context_noise, history=cfg.history_guidance, history_level=cfg.history_level,
             window=cfg.window, keep=cfg.keep, reentry=cfg.reentry, vae=coder, on_chunk=on_chunk)

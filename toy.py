@@ -29,35 +29,40 @@ import vae
 SHAPES = ("disc", "ring", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SIZE, FRAMES, FPS = 32, 81, 16
+START = 9  # frames of a first chunk
 EDGE = 2  # pixels over which a sprite's outline fades
 VAE_FILE = Path(__file__).with_name("toy_vae.safetensors")
 
 
 @dataclass
 class Config:
-    out: str = "toy"  # where videos/, wan/ and prompts.txt go
+    out: str = "toy"  # where videos/, starts/, wan/ and prompts.jsonl go
     clips: int = 600  # videos to draw
+    starts: int = 32  # first chunks of other videos, for prompts.jsonl to continue
     seed: int = 0  # of the clips and of the networks' first weights
     train_vae: bool = False  # instead: train the tiny VAE anew into toy_vae.safetensors, for an hour
 
 
 def main(cfg: Config):
-    if cfg.train_vae:
-        return train_vae(cfg.seed)
-    videos, wan = Path(cfg.out, "videos"), Path(cfg.out, "wan")
-    videos.mkdir(parents=True, exist_ok=True)
-    ranks = common.Ranks(0, 1, torch.device("cpu"))
-    with common.progress(cfg.clips, "videos", ranks) as bar:
-        for i in range(cfg.clips):
-            world = draw_world(cfg.seed, i)
-            path = videos / f"{i:05d}.mp4"
+    out = Path(cfg.out)
+    draw_videos(out / "videos", [draw_world(cfg.seed, i) for i in range(cfg.clips)], FRAMES)
+    others = [draw_world("held out", i) for i in range(cfg.starts)]
+    draw_videos(out / "starts", others, START)
+    make_wan(out / "wan", cfg.seed)
+    common.write_text(out / "prompts.jsonl", data.as_lines(
+        {"prompt": caption(world), "extend": f"starts/{i:05d}.mp4"} for i, world in enumerate(others)))
+    print(f"{cfg.clips} videos of {FRAMES} frames in {out / 'videos'}, a tiny Wan in {out / 'wan'}")
+
+
+def draw_videos(folder: Path, worlds: list, frames: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    with common.progress(len(worlds), folder.name, common.Ranks(0, 1, torch.device("cpu"))) as bar:
+        for i, world in enumerate(worlds):
+            path = folder / f"{i:05d}.mp4"
             if not path.exists():
                 common.write_text(path.with_suffix(".txt"), caption(world) + "\n")
-                data.write_video(path, [render(world, FRAMES)], FPS, crf=8, preset="veryfast")
+                data.write_video(path, [render(world, frames)], FPS, crf=8, preset="veryfast")
             bar.update()
-    make_wan(wan, cfg.seed)
-    common.write_text(Path(cfg.out, "prompts.txt"), "".join(f"{prompt}\n" for prompt in captions()))
-    print(f"{cfg.clips} videos of {FRAMES} frames in {videos}, a tiny Wan in {wan}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -85,9 +90,12 @@ def draw_world(seed: int, i: int) -> World:
     shape, direction = (int(torch.randint(n, (), generator=g)) for n in (len(SHAPES), len(DIRECTIONS)))
     hsv = uniform(0, 1).item(), uniform(0.5, 1).item(), uniform(0.6, 1).item()
     color = 2 * torch.tensor(colorsys.hsv_to_rgb(*hsv)) - 1
-    return World(SHAPES[shape], list(DIRECTIONS)[direction], uniform(-0.6, 0.6, 3),
-                 uniform(-0.25, 0.25, 2, 3), uniform(-1, 1, 2, 2), uniform(0, 2 * math.pi, 2), color,
-                 uniform(5, 7.5).item(), uniform(0.2, 0.6).item(), uniform(0, SIZE, 2))
+    base = uniform(-0.6, 0.4, 3)
+    while (base - color).norm() < 0.8:  # nobody should have to look for the sprite
+        base = uniform(-0.6, 0.4, 3)
+    return World(SHAPES[shape], list(DIRECTIONS)[direction], base, uniform(-0.1, 0.1, 2, 3),
+                 uniform(-1, 1, 2, 2), uniform(0, 2 * math.pi, 2), color,
+                 uniform(6.5, 8.5).item(), uniform(0.15, 0.35).item(), uniform(0, SIZE, 2))
 
 
 def caption(world: World) -> str:
@@ -142,7 +150,7 @@ def make_wan(folder: Path, seed: int = 0):
         temporary.write_bytes(pieces.getvalue())
     t5.save(tiny_t5(seed), folder / "t5.safetensors")
     vae.save(vae.load(VAE_FILE), folder / "vae.safetensors")
-    config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32)
+    config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=2, text_dim=64, text_len=32)
     model.save(model.WanModel(config).init_weights("toy", seed), folder,
                geometry={"size": f"{SIZE}x{SIZE}", "frames": FRAMES, "fps": FPS})
 
@@ -319,14 +327,15 @@ def fit(frames: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each frame, uint8 [T, 3, SIZE, SIZE], shows: its background, and the sprite that best explains
     the rest, with how much of it (0..1) and how far it stands out from its surroundings (0..3.5)."""
     y = data.to_float(frames).flatten(2)  # [T, 3, P]
-    plain = background = fit_background(y, torch.ones(len(y), SIZE**2))
-    for _ in range(2):  # a sprite is an outlier: the further off a pixel is, the less it counts
+    plain = fit_background(y, torch.ones(len(y), SIZE**2))
+    background = y.median(2, keepdim=True).values
+    for _ in range(4):  # a sprite is an outlier: the further off a pixel is, the less it counts
         off = (y - background).square().sum(1)
         usual = off.median(1, keepdim=True).values.clamp(min=1e-4)
         background = fit_background(y, (1 + off / (4 * usual))**-2)
-    _, _, mask = best_stamp(y, background, stamps((5.0, 6.0, 7.0), (1.5,)))
+    _, _, mask = best_stamp(y, background, stamps((6.5, 7.5, 8.5), (1.5,)))
     background = fit_background(y, (mask < 0.1).float())  # now without what the likeliest sprite covers
-    choice = stamps((4.5, 5.2, 5.9, 6.6, 7.3, 8.0), (0.0, 1.0, 2.0))
+    choice = stamps((6.0, 6.6, 7.2, 7.8, 8.4, 9.0), (0.0, 1.0, 2.0))
     index, place, mask = best_stamp(y, background, choice)
     basis, mask = background_basis(), mask.unsqueeze(2)
     design = torch.cat([(1 - mask) * basis, mask], 2)  # the background and the sprite's colour, together
@@ -347,13 +356,13 @@ def judge(reading: dict[str, torch.Tensor], prompt: str) -> dict[str, torch.Tens
     shape = next((i for i, name in enumerate(SHAPES) if name in words), None)
     way = next((torch.tensor(step) for name, step in DIRECTIONS.items() if name in words), None)
     right = none if shape is None else (seen & (reading["shape"] == shape)).float()
-    first = torch.arange(len(seen)) < 9  # frames of the first chunk
+    first = torch.arange(len(seen)) < START
     moves = none.clone()
     if way is not None:
         way = -way if "reversed" in words else way
         step = (reading["place"][FPS:] - reading["place"][:-FPS] + SIZE / 2) % SIZE - SIZE / 2
         along, across = (step * way).sum(1), (step * way.flip(0)).sum(1).abs()
-        moves[FPS:] = (seen[FPS:] & seen[:-FPS] & (along > across) & (along > 0.1 * FPS)).float()
+        moves[FPS:] = (seen[FPS:] & seen[:-FPS] & (along > across) & (along > 0.075 * FPS)).float()
     colour, background = reading["colour"], reading["background"].flatten(1)
     colour = 127.5 * (colour - colour[first & seen].mean(0)).abs().mean(1)
     background = 127.5 * (background - background[first].mean(0)).abs().mean(1)

@@ -34,7 +34,7 @@ def kill(process):
 
 def bytes_of(out) -> dict:
     """What must not depend on how often it was interrupted: models, clips and indices, videos."""
-    kinds = (".safetensors", ".mp4", "index.jsonl", "config.json", "prompts.txt")
+    kinds = (".safetensors", ".mp4", "index.jsonl", "config.json", "prompts.jsonl")
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*"))
             if p.name.endswith(kinds) and "scores" not in p.parts}
 
@@ -59,7 +59,7 @@ def test_the_method_by_one_command(tmp_path):
     assert all(clips.load(i)["latents"].shape == (21, 16, 4, 4) for i in range(18))
     assert sum(1 for _ in (out / "agg_1/clips").iterdir()) == 6, "nothing was copied"
     summary = json.loads((out / "report/summary.json").read_text())
-    assert list(summary["mean"]) == ["DF", "R1"] and len(summary["videos"]) == 32
+    assert list(summary["mean"]) == ["DF", "R1"] and len(summary["videos"]) == 16
     assert (out / "report/report.html").exists() and (out / "rollout_0/preview.png").exists()
 
 

@@ -176,6 +176,25 @@ def test_extension_resamples_and_crops(make, spy):
     assert torch.equal(video[0], twice[6::2, :, 8:24])
 
 
+def test_lines_may_continue_videos(make, spy):
+    """Each its own, found beside the .jsonl; a line without one begins with nothing."""
+    Path("more").mkdir()
+    write_clip(20, file="more/a.mp4")
+    write_video("more/b.mp4", [255 - frames("more/a.mp4")], 16, crf=8)
+    rows = [{"prompt": "a red disc", "extend": "a.mp4"}, {"prompt": "a red disc", "extend": "b.mp4"},
+            {"prompt": "a red disc"}]
+    file = write_prompts(*map(json.dumps, rows), file="more/list.jsonl")
+    flags = dict(prompts=file, seconds=1.5, crf=5)
+    together = make(batch=4, **flags)
+    assert [len(call["ids"]) for call in spy[0]] == [2, 1] and spy[0][1]["context"] is None
+    for film, clip in zip(together.values(), "ab", strict=False):
+        assert (film[:9].float() - frames(f"more/{clip}.mp4")[-9:].float()).abs().mean() < 6
+    alone = make(out="alone", **flags)
+    assert same(together, alone)
+    again = make(like=f"videos/{list(together)[1]}.mp4", out="again", model=None)
+    assert same(again, {name: film for name, film in list(together.items())[1:2]})
+
+
 def test_image_to_video(make, spy, capsys):
     calls, pieces = spy
     image = (torch.rand(3, SIZE, SIZE, generator=common.rng("image")) * 255).to(torch.uint8)
@@ -331,6 +350,7 @@ def inputs(models, tmp_path_factory):
             "p.txt": "a", "p.csv": "a", "empty.txt": "\n \n", "list.jsonl": "[1]",
             "bad.jsonl": '{"prompt": "a"}\n{"prompt"\n', "typo.jsonl": '{"prompt": "a", "second": 5}',
             "times.jsonl": '{"prompt": ["a", "b"], "times": [0, "b"]}',
+            "extends.jsonl": '{"prompt": "a", "extend": "short.mp4"}',
             "twice.jsonl": '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}',
             "path.jsonl": '{"prompt": "a", "name": "../x"}'}.items():
         (folder / name).write_text(text)
@@ -362,6 +382,8 @@ def inputs(models, tmp_path_factory):
     (dict(prompt="a | 2: b | 2.06: c", seconds=4), "slides, at 2.06, 2.81, 3.56 s"),
     (dict(prompt="a | 2.5: b | 3.5: c", seconds=4, keep=3), "slides, at 2.06, 3.56 s"),
     (dict(prompt="a", image="i.png", extend="clip.mp4"), "--image and --extend"),
+    (dict(prompts="extends.jsonl", image="i.png"), "extends.jsonl:1: extend, and --image"),
+    (dict(prompts="extends.jsonl"), "too short to continue: it has 8 frames"),
     (dict(prompt="a", extend="short.mp4"), "too short to continue: it has 8 frames at 16 fps, 9 are"),
     (dict(prompt="a", extend="slow.mp4"), "its 8 fps is below 16"),
     (dict(prompt="a", extend="clip.mp4"), "0.5 s must be more than the 9 frames"),
@@ -428,7 +450,7 @@ def test_a_slow_encoder_holds_the_model_up(tmp_path, monkeypatch):
     def slow(path, pieces, *args):
         write_video(path, (piece for piece in pieces if go.wait(60)), *args)
     monkeypatch.setattr(data, "write_video", slow)
-    video = sample.Video(tmp_path / "a.mp4", 0, [], {"fps": 16, "crf": 18, "preset": "ultrafast"})
+    video = sample.Video(tmp_path / "a.mp4", 0, 0, [], {"fps": 16, "crf": 18, "preset": "ultrafast"})
     with sample.writing(video) as send:
         def push():
             for _ in range(4):
