@@ -24,11 +24,13 @@ if [ "$WAN" ]; then
     MAKE=${MAKE:-}          # more flags for rollout.py and sample.py, which generate
     PROMPTS=${PROMPTS:-$here/prompts.txt}
 elif [ "${QUICK:-}" ]; then
-    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8 BASE_STEPS=4
+    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8
+    BASE_STEPS=4
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
-    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-1200} LENGTH=${LENGTH:-15} CLIPS=600 STARTS=32 BASE_STEPS=600
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-1200} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
+    BASE_STEPS=600
     TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3 --guidance 3
                     --log-every 50 --eval-every 400 --save-every 200 --preview-every 600"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
@@ -94,7 +96,7 @@ for ((k = 0; k <= ROUNDS; k++)); do
     methods+=("$([ $k = 0 ] && echo DF || echo "R$k")=$OUT/videos_$k")
 done
 stage "drift"
-all eval_drift.py "${methods[@]}" --out "$OUT/report" $([ "$WAN" ] || echo --toy)
+all eval_drift.py "${methods[@]}" --out "$OUT/report" $([ "$WAN" ] || echo --toy --real "$OUT/toy/videos")
 stage "done: open $OUT/report/report.html; rollouts are shown in $OUT/rollout_*/preview.png"
 if [ "${QUICK:-}" ]; then
     echo "QUICK=1: every stage ran, on models that have learnt nothing; their numbers mean nothing."

@@ -38,7 +38,7 @@ VAE_FILE = Path(__file__).with_name("toy_vae.safetensors")
 class Config:
     out: str = "toy"  # where videos/, starts/, wan/ and prompts.jsonl go
     clips: int = 600  # videos to draw
-    starts: int = 32  # first chunks of other videos, for prompts.jsonl to continue
+    starts: int = 48  # first chunks of other videos, for prompts.jsonl to continue
     seed: int = 0  # of the clips and of the networks' first weights
     train_vae: bool = False  # instead: train the tiny VAE anew into toy_vae.safetensors, for an hour
 
@@ -335,7 +335,7 @@ def fit(frames: torch.Tensor) -> dict[str, torch.Tensor]:
         background = fit_background(y, (1 + off / (4 * usual))**-2)
     _, _, mask = best_stamp(y, background, stamps((6.5, 7.5, 8.5), (1.5,)))
     background = fit_background(y, (mask < 0.1).float())  # now without what the likeliest sprite covers
-    choice = stamps((6.0, 6.6, 7.2, 7.8, 8.4, 9.0), (0.0, 1.0, 2.0))
+    choice = stamps((6.2, 7.0, 7.8, 8.6), (0.0, 1.0, 2.0))
     index, place, mask = best_stamp(y, background, choice)
     basis, mask = background_basis(), mask.unsqueeze(2)
     design = torch.cat([(1 - mask) * basis, mask], 2)  # the background and the sprite's colour, together
