@@ -14,6 +14,7 @@ Exit status 3: a video was skipped (the reason is listed; --allow-skips makes it
 
 import functools
 import itertools
+import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -106,7 +107,7 @@ def main(cfg: Config):
     skipped |= unreal | score_all(jobs, cfg.stride, ranks)
     clips, real = ([clip for clip in some if str(clip.path) not in skipped] for some in (clips, real))
     require(clips, skipped)
-    probes = {path: probe_model(cfg, path, ranks) for path in cfg.model}
+    probes = {path: probe_once(cfg, path, ranks) for path in cfg.model}
     if ranks.rank == 0:
         summary = summarise(cfg, clips, real, shape)
         report.write(out, summary | {"missing": missing, "skipped": skipped, "probes": probes}, clips)
@@ -459,6 +460,21 @@ def add_grain(video):
 
 SPOILT = {"untouched": lambda video: video, "saturated": saturate, "blurred": blur, "noisy": add_grain}
 STATISTICS = ("mean", "std", "saturation", "detail")
+
+
+def probe_once(cfg: Config, path: str, ranks) -> dict:
+    """probe_model's results, which are kept beside the scores."""
+    store = data.Clips(cfg.data)
+    what = (VERSION, common.fingerprint(*model.find_weights(path)), common.fingerprint(store.index),
+            store.meta(), cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
+    file = Path(cfg.out, "scores", f"probes-{common.seed_of(*what):x}.json")
+    dist.barrier()
+    if not file.exists():
+        found = probe_model(cfg, path, ranks)
+        if ranks.rank == 0:
+            common.write_text(file, json.dumps(found) + "\n")
+    dist.barrier()
+    return common.read_json(file)
 
 
 def probe_model(cfg: Config, path: str, ranks) -> dict:

@@ -572,13 +572,16 @@ def world(tmp_path_factory):
     return root
 
 
-def test_probes(world, videos, evaluate):
+def test_probes(world, videos, evaluate, monkeypatch):
     flags = dict(model=(str(world / "model"),), data=str(world / "agg_0"), clips=2, steps=1, guidance=1.0)
     _, found = evaluate(videos / "kept", **flags)
     [probe] = found["probes"].values()
     assert len(probe["loss_gap"]) == 5 and any(gap != 0 for gap in probe["loss_gap"])
     assert probe["recovery"].keys() == eval_drift.SPOILT.keys() and probe["clips"] == 2
     assert all(1 <= row["chunks"] <= 10 and len(row["within"]) == 9 for row in probe["recovery"].values())
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_drift, "probe_model", lambda *args: pytest.fail("probed again"))
+        assert evaluate(videos / "kept", **flags)[1]["probes"] == found["probes"]
     table = Path("report/table.md").read_text()
     assert "### Loss gap" in table and "### Recovery" in table
     with pytest.raises(UserError, match="seed clips of at least 15 latent"):
