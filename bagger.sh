@@ -50,7 +50,8 @@ fi
 one() { "$PYTHON" "$here/$1" "${@:2}"; }
 all() {
     if [ "$NPROC" = 1 ]; then one "$@"
-    else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
+    else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" \
+        "$here/$1" "${@:2}"; fi
 }
 train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy needs one process
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }

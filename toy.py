@@ -44,6 +44,8 @@ class Config:
 
 
 def main(cfg: Config):
+    if cfg.train_vae:
+        return train_vae(cfg.seed)
     out = Path(cfg.out)
     draw_videos(out / "videos", [draw_world(cfg.seed, i) for i in range(cfg.clips)], FRAMES)
     others = [draw_world("held out", i) for i in range(cfg.starts)]

@@ -83,3 +83,16 @@ def test_the_model_directory_is_complete(wan):
     assert unknown not in t5.token_ids(text.tokenizer, "A reversed video of a ring moving up")
     x, t = torch.ones(1, 21, 16, 4, 4), torch.zeros(1, 21)
     assert not net(x, t, rows[0][None]).any(), "an untrained transformer predicts nothing"
+
+
+def test_what_the_command_makes(tmp_path, monkeypatch):
+    toy.main(toy.Config(out=str(tmp_path), clips=2, starts=1, seed=3))
+    assert data.probe(tmp_path / "videos/00001.mp4").frames == 81
+    assert data.probe(tmp_path / "starts/00000.mp4").frames == 9
+    world = toy.draw_world("held out", 0)
+    assert (tmp_path / "prompts.jsonl").read_text() == data.as_lines(
+        [{"prompt": toy.caption(world), "extend": "starts/00000.mp4"}])
+    shown = torch.stack(list(data.read_frames(data.probe(tmp_path / "starts/00000.mp4"))))
+    assert (data.to_float(shown) - toy.render(world, 9)).abs().mean() < 0.05
+    monkeypatch.setattr(toy, "train_vae", lambda seed: f"trained {seed}")
+    assert toy.main(toy.Config(train_vae=True, seed=3)) == "trained 3"
