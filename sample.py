@@ -253,7 +253,7 @@ def plan(cfg: Config, rows, coder) -> list[Video]:
     if height % (2 * coder.space) or width % (2 * coder.space):
         raise UserError(f"size {cfg.size}: width and height must be multiples of {2 * coder.space}")
     videos = {}
-    same = {k: getattr(cfg, k) for k in RECIPE} | {
+    same = {k: getattr(cfg, k) for k in sorted(RECIPE)} | {  # in one order, so that files are the same
         "fps": fps, "fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
         "command": shlex.join(sys.argv)}
     for where, row in rows:
