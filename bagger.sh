@@ -31,7 +31,7 @@ elif [ "${QUICK:-}" ]; then
 else
     OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-1200} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
     BASE_STEPS=600
-    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3 --guidance 3
+    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
                     --log-every 50 --eval-every 400 --save-every 200 --preview-every 0"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
 fi

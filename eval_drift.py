@@ -466,7 +466,7 @@ def probe_once(cfg: Config, path: str, ranks) -> dict:
     """probe_model's results, which are kept beside the scores."""
     store = data.Clips(cfg.data)
     what = (VERSION, common.fingerprint(*model.find_weights(path)), common.fingerprint(store.index),
-            store.meta(), cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
+            store.meta(), cfg.wan, cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
     file = Path(cfg.out, "scores", f"probes-{common.seed_of(*what):x}.json")
     dist.barrier()
     if not file.exists():

@@ -133,6 +133,8 @@ def test_text_to_video(make, models, capsys):
     assert name == "0000-a-red-disc-moves-left" and film.shape == (21, 3, SIZE, SIZE)
     video = data.probe(f"videos/{name}.mp4")
     assert video.fps == 16 and video.frames == 21
+    recipe = [key for key in data.read_tags(f"videos/{name}.mp4") if key in sample.RECIPE]
+    assert recipe == sorted(sample.RECIPE), "in an order that every process shares, or its bytes differ"
     assert film.float().std() > 5, "nothing to see"
     assert f"videos/{name}.mp4: 21 frames (1.31 s), " in capsys.readouterr().out
     assert sorted(os.listdir("videos")) == [f"{name}.mp4"]
