@@ -231,9 +231,10 @@ def as_frames(piece: torch.Tensor) -> Iterator[av.VideoFrame]:
 def new_stream(container, frame, fps, crf, preset):
     if frame.width % 2 or frame.height % 2:
         raise UserError(f"h264 needs an even width and height, not {frame.width}x{frame.height}")
-    # PyAV takes no float; h264 times are whole ticks, and 1001 holds all broadcast rates
-    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
-                                  options={"crf": str(crf), "preset": preset})
+    # PyAV takes no float; h264 times are whole ticks, and 1001 holds all broadcast rates. With mbtree, x264
+    # encodes a small picture otherwise once in a few hundred times
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={
+        "crf": str(crf), "preset": preset, "x264-params": "mbtree=0"})
     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
     codec = stream.codec_context  # unsaid, players guess the colour matrix from the size
     codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
