@@ -31,8 +31,8 @@ elif [ "${QUICK:-}" ]; then
 else
     OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-700} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
     BASE_STEPS=2000         # shared by all rounds, so the cheapest steps there are
-    # beyond the paper, in every round: half of the seed clips begin clean. So small a model learns what follows
-    # clean context from nothing else than corrective clips otherwise, and goes on as they do under any prompt
+    # beyond the paper, in every round: half of the seed clips begin clean. Else what follows
+    # clean context is learnt from corrective clips alone, and so small a model then over-corrects
     TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
                     --seed-prefix 0.5 --log-every 50 --eval-every 400 --save-every 200 --preview-every 0"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}

@@ -22,7 +22,6 @@ import torch
 
 import common
 import data
-import toy
 
 BITS, BAR = 10, 16  # a frame shows its number as 10 bars, black or white, 16 pixels wide: h264 cannot hurt it
 WIDTH, HEIGHT = BITS * BAR, 32
@@ -318,6 +317,7 @@ def test_written_videos_keep_frames_rate_and_colours(tmp_path, fps):
     frames = numbered_tensor(0, 50)
     # a mix of everything the stages hand over: uint8 and float, single frames and chunks
     data.write_video(tmp_path / "a.mp4", [frames[0], frames[1:30], data.to_float(frames[30:])], fps)
+    assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes(), "else bytes differ now and then, too seldom to test"
     video = data.probe(tmp_path / "a.mp4")
     assert video.fps == Fraction(fps).limit_denominator(1001) and video.frames == 50
     read = torch.stack(list(data.read_frames(video)))
@@ -327,15 +327,6 @@ def test_written_videos_keep_frames_rate_and_colours(tmp_path, fps):
         frame = next(container.decode(video=0))
         assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
         assert container.streams.video[0].codec_context.name == "h264"
-
-
-@pytest.mark.slow
-def test_a_small_video_is_the_same_bytes_every_time(tmp_path):
-    frames, seen = toy.render(toy.draw_world("held out", 7), 9), set()
-    for _ in range(2000):
-        data.write_video(tmp_path / "a.mp4", [frames], 16, crf=8, preset="veryfast")
-        seen.add((tmp_path / "a.mp4").read_bytes())
-    assert len(seen) == 1
 
 
 def test_colours_come_back_as_they_were(tmp_path):
