@@ -317,7 +317,7 @@ def test_written_videos_keep_frames_rate_and_colours(tmp_path, fps):
     frames = numbered_tensor(0, 50)
     # a mix of everything the stages hand over: uint8 and float, single frames and chunks
     data.write_video(tmp_path / "a.mp4", [frames[0], frames[1:30], data.to_float(frames[30:])], fps)
-    assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes(), "else bytes differ now and then, too seldom to test"
+    assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes(), "else its bytes now and then differ"
     video = data.probe(tmp_path / "a.mp4")
     assert video.fps == Fraction(fps).limit_denominator(1001) and video.frames == 50
     read = torch.stack(list(data.read_frames(video)))
