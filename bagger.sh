@@ -29,12 +29,10 @@ elif [ "${QUICK:-}" ]; then
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
-    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-2} STEPS=${STEPS:-700} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
-    BASE_STEPS=2000         # shared by all rounds, so the cheapest steps there are
-    # beyond the paper, in every round: half of the seed clips begin clean. Else what follows
-    # clean context is learnt from corrective clips alone, and so small a model then over-corrects
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-900} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
+    BASE_STEPS=200          # more of them made no better models, only fewer steps left for these
     TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
-                    --seed-prefix 0.5 --log-every 50 --eval-every 400 --save-every 200 --preview-every 0"}
+                    --log-every 50 --eval-every 450 --save-every 200 --preview-every 0"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
 fi
 
@@ -73,8 +71,8 @@ stage "seed data"
 all prepare.py --videos "$VIDEOS" --wan "${WAN_DIR:-$WAN}" --out "$OUT/agg_0" --seed "$SEED"
 if [ -z "$WAN" ]; then
     stage "the toy's base model, bidirectional as Wan is"
-    train --mode full --data "$OUT/agg_0" --init "$WAN_DIR" --out "$base" $TRAIN --seed-prefix 0 \
-        --steps "$BASE_STEPS" --seed "$SEED"
+    train --mode full --data "$OUT/agg_0" --init "$WAN_DIR" --out "$base" $TRAIN --steps "$BASE_STEPS" \
+        --seed "$SEED"
 fi
 init=$base
 for ((k = 0; k <= ROUNDS; k++)); do

@@ -497,17 +497,17 @@ def test_what_was_drawn_is_read_back(sigma, shapes, off):
     right, near, told, colours = [], [], [], []
     for i in range(10):
         world = toy.draw_world("truth", i)
-        video = toy.render(world, 33)
+        video = toy.render(world, toy.LAG + 9)
         found = toy.fit(data.to_uint8(soften(video, sigma) if sigma else video))
-        t = torch.arange(33)
+        t = torch.arange(len(video))
         step = torch.tensor(toy.DIRECTIONS[world.direction]) * world.speed
         error = (found["place"] - world.place - step * t.view(-1, 1) + 16) % 32 - 16
         judged = toy.judge(found, toy.caption(world))
         right.append((found["shape"] == toy.SHAPES.index(world.shape)).float().mean())
         near.append((error.norm(dim=1) < off).float().mean())
-        told.append(judged["direction"][16:].mean())
+        told.append(judged["direction"][toy.LAG:].mean())
         colours.append((found["colour"] - world.color).abs().mean() * 127.5)
-        assert judged["direction"][:16].isnan().all() and judged["sprite"].mean() > 0.9
+        assert judged["direction"][:toy.LAG].isnan().all() and judged["sprite"].mean() > 0.9
     assert torch.stack(right).mean() >= shapes and torch.stack(near).mean() >= 0.97
     assert torch.stack(told).mean() >= 0.97 and (sigma or max(colours) < 6)
 
@@ -515,25 +515,26 @@ def test_what_was_drawn_is_read_back(sigma, shapes, off):
 def test_a_lost_sprite_is_missed():
     for i in range(5):
         world = toy.draw_world("lost", i)
-        video = toy.render(world, 40)
-        video[20:] = without_sprite(world, 40)[20:]
+        frames = 20 + toy.LAG
+        video = toy.render(world, frames)
+        video[20:] = without_sprite(world, frames)[20:]
         for noise in (0, 0.05):
             seen = read_back((video + noise * torch.randn(video.shape)).clamp(-1, 1), toy.caption(world))
             assert seen["sprite"][:20].mean() > 0.9 and seen["sprite"][20:].mean() < 0.1
-            assert np.isnan(seen["colour"][20:]).mean() > 0.9 and seen["direction"][36:].mean() == 0
+            assert np.isnan(seen["colour"][20:]).mean() > 0.9 and seen["direction"][toy.LAG:].mean() == 0
 
 
 def test_another_shape_or_way_is_not_what_was_told():
-    world = toy.draw_world("told", 0)._replace(shape="disc", direction="left", speed=0.4)
-    video = toy.render(world, 41)
-    video[21:] = toy.render(world._replace(shape="triangle"), 41)[21:]
+    world = toy.draw_world("told", 0)._replace(shape="disc", direction="left", speed=0.1)
+    video = toy.render(world, 73)
+    video[21:] = toy.render(world._replace(shape="triangle"), 73)[21:]
     seen = read_back(video, "A disc moving left")
     assert seen["shape"][:21].mean() == 1 and seen["shape"][21:].mean() < 0.1 and seen["sprite"].mean() == 1
     for prompt, share in (("A disc moving left", 1), ("A disc moving up", 0), ("A disc moving right.", 0),
                           ("A reversed video of a disc moving right", 1)):
-        assert read_back(video, prompt)["direction"][16:].mean() == share, prompt
-    still = read_back(toy.render(world._replace(speed=0.0), 33), "A disc moving left")
-    assert still["direction"][16:].mean() == 0
+        assert read_back(video, prompt)["direction"][toy.LAG:].mean() == share, prompt
+    still = read_back(toy.render(world._replace(speed=0.0), 65), "A disc moving left")
+    assert still["direction"][toy.LAG:].mean() == 0
     untold = read_back(video, "A cat")
     assert np.isnan(untold["shape"]).all() and np.isnan(untold["direction"]).all()
 
