@@ -259,7 +259,8 @@ READINGS = {
 # one, the best fit to noise or to a VAE's blur may reach 0.15 and 0.4
 EXPLAINED, CONTRAST = 0.2, 0.25
 WAVES = 24  # as many components hold any background to a thousandth
-LAG = 4 * FPS  # frames over which a direction is read: the slowest sprite moves 2.6 pixels
+# Frames over which a direction is read: the slowest sprite moves 2.6 pixels. A step of one may be rounding
+LAG = 4 * FPS
 GRAIN = 0.05  # what a pixel may be off: keeps a fit from inventing what the sprite hides
 
 
