@@ -29,7 +29,7 @@ elif [ "${QUICK:-}" ]; then
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
-    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-900} LENGTH=${LENGTH:-12} CLIPS=600 STARTS=48
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-900} LENGTH=${LENGTH:-8} CLIPS=600 STARTS=48
     BASE_STEPS=200          # more of them made no better models, only fewer steps left for these
     TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
                     --log-every 50 --eval-every 450 --save-every 200 --preview-every 0"}

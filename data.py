@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 from common import UserError, open_weights, read_json, replacing, rng, save_tensors, write_text
 
@@ -114,14 +115,14 @@ def turns(frame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def fit(frame, stream, size) -> torch.Tensor:
+def fit(frame, stream, size, scaler: VideoReformatter) -> torch.Tensor:
     """uint8 [3,H,W]: upright, resized to cover size = (width, height), cropped about the centre."""
     shown = shown_size(frame, stream)
     wanted = shown if size is None else size[::-1] if turns(frame) % 2 else size
     scale = max(w / s for w, s in zip(wanted, shown, strict=True))
     width, height = (max(w, round(s * scale)) for w, s in zip(wanted, shown, strict=True))
     # swscale's bicubic widens its kernel when it shrinks, so nothing aliases
-    image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
     left, top = (width - wanted[0]) // 2, (height - wanted[1]) // 2
     image = np.rot90(image[top:top + wanted[1], left:left + wanted[0]], turns(frame))
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -143,9 +144,9 @@ def decode_from(container, stream, pts: int, first: int) -> Iterator[av.VideoFra
 def read_frames(video: Video, fps=None, size=None, start: int = 0) -> Iterator[torch.Tensor]:
     """Streams uint8 [3,H,W]: every frame, or with fps those shown at start / fps, (start + 1) / fps, ..."""
     with opened(video.path) as (container, stream):
-        tick = stream.time_base
+        tick, scaler = stream.time_base, VideoReformatter()  # set up once: costlier than a small frame
         if fps is None:
-            yield from (fit(frame, stream, size) for frame in container.decode(stream))
+            yield from (fit(frame, stream, size, scaler) for frame in container.decode(stream))
             return
         due, held = start / Fraction(fps), None  # the instant to show next, the frame on show
         frames = decode_from(container, stream, video.first + math.floor(due / tick), video.first)
@@ -155,7 +156,7 @@ def read_frames(video: Video, fps=None, size=None, start: int = 0) -> Iterator[t
                     raise UserError(f"{video.path}: its frames have no usable times; convert it to mp4")
                 until = (frame.pts - video.first) * tick if frame else end(held, video.first, tick, video.fps)
                 while due + slack(tick) < until:
-                    yield fit(held, stream, size)
+                    yield fit(held, stream, size, scaler)
                     due += 1 / Fraction(fps)
             held = frame
 
@@ -194,7 +195,7 @@ def read_image(path, size=None) -> torch.Tensor:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise UserError(f"{path} cannot be read as an image")
-        return fit(frame, stream, size)[None]
+        return fit(frame, stream, size, VideoReformatter())[None]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -210,12 +211,13 @@ def write_video(path, pieces: Iterable[torch.Tensor], fps, tags: dict | None = N
             # these two keys every player shows; a tag set after the first packet would be lost
             container.metadata["title"] = str(tags.get("prompt", ""))
             container.metadata["comment"] = json.dumps(tags, ensure_ascii=False)
-            stream = None
+            stream, scaler = None, VideoReformatter()
             for frame in itertools.chain.from_iterable(map(as_frames, pieces)):
                 if stream is None:
                     stream = new_stream(container, frame, fps, crf, preset)
                 assert (frame.width, frame.height) == (stream.width, stream.height), "the frame size changed"
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709")
+                container.mux(stream.encode(frame))
             assert stream is not None, f"{path}: no frames to write"
             container.mux(stream.encode())
     except av.FFmpegError as error:

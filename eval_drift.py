@@ -61,7 +61,7 @@ class Config:
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
 
 
-VERSION = 1  # of the scores kept in scores/
+VERSION = 2  # of the scores kept in scores/
 FLOOR = 1e-3  # smaller means count as this: a ratio to a share of 0.1 %, or to stillness, says no more
 DEFINITIONS = {
     "score": "the whole video's: the mean over its frames, or as VBench defines it",
@@ -254,10 +254,11 @@ def score(job: Job, stride: int, device, bar):
     for piece in pieces(job):
         for scorer in scorers:
             scorer.add(piece)
-        if "toy" in plain:
-            for name, value in toy.fit(piece).items():
+        some = piece[-seen % stride::stride]
+        if "toy" in plain and len(some):
+            for name, value in toy.fit(some).items():
                 parts[f"toy.{name}"].append(value)
-        if "frechet" in plain and len(some := piece[-seen % stride::stride]):
+        if "frechet" in plain and len(some):
             parts["frechet"].append(metrics.frechet_features(some.to(device)).cpu())
         seen += len(piece)
         bar.update(len(piece))
@@ -317,9 +318,9 @@ def read_curves(cfg: Config, clip: Clip, names: list[str]):
     curves = {name: tensors[name].numpy() for name in names if name in totals}
     if cfg.toy:
         reading = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("toy.")}
-        for name, value in toy.judge(reading, clip.prompt).items():
+        for name, value in toy.judge(reading, clip.prompt, cfg.stride).items():
             if not value.isnan().all():  # the prompt may name no shape
-                curves[name] = np.stack([np.arange(len(value)), value.double().numpy()])
+                curves[name] = np.stack([cfg.stride * np.arange(len(value)), value.double().numpy()])
     return curves, totals, tensors.get("frechet")
 
 

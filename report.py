@@ -94,7 +94,7 @@ def tables(report: dict) -> list[Table]:
 
     def change(name, off):  # off: in grey levels, the less the better; else a share
         return column(name, "last", lambda v: v if off else -v, lambda row, error: (
-            f"{row['first'] * (off or 100):.0f} -> "
+            ("- -> " if math.isnan(row["first"]) else f"{row['first'] * (off or 100):.0f} -> ")
             + with_error(row["last"] * (off or 100), error["last"] * (off or 100), ".0f", ".0f")))
 
     def table(title, note, columns):

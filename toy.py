@@ -355,20 +355,21 @@ def fit(frames: torch.Tensor) -> dict[str, torch.Tensor]:
             "colour": colour, "background": small}
 
 
-def judge(reading: dict[str, torch.Tensor], prompt: str) -> dict[str, torch.Tensor]:
-    """READINGS of each frame, from fit's results for a whole video; nan where there is nothing to judge."""
+def judge(reading: dict[str, torch.Tensor], prompt: str, stride: int = 1) -> dict[str, torch.Tensor]:
+    """READINGS of each frame, from fit's results for a whole video, or for every so many of its frames; nan
+    where there is nothing to judge."""
     seen = (reading["explained"] >= EXPLAINED) & (reading["contrast"] >= CONTRAST)
     words, none = prompt.lower().replace(".", " ").split(), torch.full(seen.shape, math.nan)
     shape = next((i for i, name in enumerate(SHAPES) if name in words), None)
     way = next((torch.tensor(step) for name, step in DIRECTIONS.items() if name in words), None)
     right = none if shape is None else (seen & (reading["shape"] == shape)).float()
-    first = torch.arange(len(seen)) < START
+    first, lag = torch.arange(len(seen)) * stride < START, max(1, LAG // stride)
     moves = none.clone()
     if way is not None:
         way = -way if "reversed" in words else way
-        step = (reading["place"][LAG:] - reading["place"][:-LAG] + SIZE / 2) % SIZE - SIZE / 2
+        step = (reading["place"][lag:] - reading["place"][:-lag] + SIZE / 2) % SIZE - SIZE / 2
         along, across = (step * way).sum(1), (step * way.flip(0)).sum(1).abs()
-        moves[LAG:] = (seen[LAG:] & seen[:-LAG] & (along > across) & (along > 1.2)).float()
+        moves[lag:] = (seen[lag:] & seen[:-lag] & (along > across) & (along > 1.2)).float()
     colour, background = reading["colour"], reading["background"].flatten(1)
     colour = 127.5 * (colour - colour[first & seen].mean(0)).abs().mean(1)
     background = 127.5 * (background - background[first].mean(0)).abs().mean(1)

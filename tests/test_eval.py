@@ -536,6 +536,11 @@ def test_another_shape_or_way_is_not_what_was_told():
     for speed in (0.0, 0.01):  # places are whole pixels: a step of one may be none
         still = read_back(toy.render(world._replace(speed=speed), 2 * toy.LAG), "A disc moving left")
         assert still["direction"][toy.LAG:].mean() == 0
+    whole, some = read_back(video, "A disc moving left"), toy.fit(data.to_uint8(video[::4]))
+    some = {k: v.numpy() for k, v in toy.judge(some, "A disc moving left", stride=4).items()}
+    for name in ("sprite", "shape", "direction"):  # every fourth frame tells the same
+        assert np.array_equal(some[name], whole[name][::4], equal_nan=True), name
+    assert some["background"] == pytest.approx(whole["background"][::4], abs=0.3)
     untold = read_back(video, "A cat")
     assert np.isnan(untold["shape"]).all() and np.isnan(untold["direction"]).all()
 
