@@ -39,17 +39,29 @@ def bytes_of(out) -> dict:
             if p.name.endswith(kinds) and "scores" not in p.parts}
 
 
+SPY = """
+import atexit, pathlib, sys
+def look():
+    if any("gloo" in task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")):
+        print("left behind by", *sys.argv)
+atexit.register(look)
+"""
+
+
 def test_the_method_by_one_command(tmp_path):
-    out = tmp_path / "run"
+    out, spy = tmp_path / "run", tmp_path / "spy"
+    spy.mkdir()
+    (spy / "sitecustomize.py").write_text(SPY)
     process = start(out, NPROC="1", STEPS="2")
     while not (out / "model_0" / "log.jsonl").exists():  # stopped in the middle of a training
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     kill(process)
-    process = start(out, NPROC="1", STEPS="2")
+    process = start(out, NPROC="1", STEPS="2", PYTHONPATH=str(spy))
     told, _ = process.communicate()
     assert process.returncode == 0, told
     assert "learnt nothing" in told
+    assert "left behind" not in told, "a thread of gloo's that outlives Python may abort the process"
     for stage in ("a toy world", "seed data", "the toy's base model", "train model_0", "roll model_0 out",
                   "play the rollouts backwards", "train model_1", "videos of 6 s from model_1", "drift"):
         assert f"== {stage}" in told or f": {stage}" in told, stage
