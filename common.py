@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import types
 import typing
 import zipfile
@@ -105,6 +106,9 @@ def run(main, config: type, doc: str):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # FSDP's caches keep the group, and so gloo's threads. One that has yet to let go of a tensor when
+            # Python shuts down aborts the process; it takes microseconds, once it gets Python's lock
+            time.sleep(0.1)
 
 
 # ----------------------------------------------------------------------------------------------------
