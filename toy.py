@@ -341,7 +341,7 @@ def fit(frames: torch.Tensor) -> dict[str, torch.Tensor]:
         background = fit_background(y, (1 + off / (4 * usual))**-2)
     _, _, mask = best_stamp(y, background, stamps((6.5, 7.5, 8.5), (1.5,)))
     background = fit_background(y, (mask < 0.1).float())  # now without what the likeliest sprite covers
-    choice = stamps((6.2, 7.0, 7.8, 8.6), (0.0, 1.0, 2.0))
+    choice = stamps((6.4, 7.0, 7.5, 8.0, 8.6), (0.0, 1.0, 2.0))
     index, place, mask = best_stamp(y, background, choice)
     basis, mask = background_basis(), mask.unsqueeze(2)
     design = torch.cat([(1 - mask) * basis, mask], 2)  # the background and the sprite's colour, together
