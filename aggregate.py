@@ -1,6 +1,6 @@
 """Stage 3: agg_k/ + rollout_k/ -> agg_{k+1}/, the clips so far and the rollouts played backwards.
 
-    python aggregate.py --data agg_0 --rollouts rollout_0 --out agg_1
+    python aggregate.py --rollouts rollout_0                with agg_0 beside it, into agg_1
     torchrun --nproc-per-node 8 aggregate.py ...            the same on 8 GPUs
 
 A rollout drifts from real to wrong. Backwards it is a video that comes right, and its prompt says that it is
@@ -8,6 +8,7 @@ reversed. The clips so far are referred to where they are, not copied. Killed an
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -27,15 +28,24 @@ from common import UserError, print0
 
 CHUNK = 3  # latent frames; a rollout's first chunk is real
 GEOMETRY = ("latents", "width", "height", "frames", "fps", "vae", "t5")  # all clips of a store share these
+TEMPLATE = "A reversed video of {}"
+# captions that speak of the video: behind the template the word would stand twice
+SELF_DESCRIBED = re.compile(
+    r"((?:in )?(?:the|this|a) )(?=video(?:,| (?:of|in which|showing|is|has|shows|captures|features|depicts"
+    r"|presents|showcases|displays|portrays|highlights|begins|starts|opens|focuses|follows)\b))", re.I)
 
 
 @dataclass
 class Config:
-    data: str  # agg_k, the clips so far
     rollouts: str  # rollout_k, which becomes corrective clips of round k + 1
-    out: str  # agg_{k+1}; beside --data, since it refers to those clips by relative path
+    data: str | None = None  # the clips so far (default: agg_k beside rollout_k)
+    # where the clips of round k + 1 go; beside --data, for it refers to those clips by relative path
+    # (default: agg_{k+1} there)
+    out: str | None = None
     wan: str | None = None  # Wan directory: its VAE, text encoder and tokenizer (default: that of --data)
-    template: str = "A reversed video of {}"  # the new prompt; {} is the old one, in lower case at first
+    # the new prompt, where {} is the old one with its first letter in lower case; by default a caption that
+    # speaks of "the video" itself then speaks of "the reversed video"
+    template: str = TEMPLATE
     rewrite: bool = True  # the prompt; an ablation keeps it as it is
     # what is played backwards; latents, an ablation, is wrong: each holds 4 frames, which stay in their order
     flip: Literal["pixels", "latents"] = "pixels"
@@ -49,6 +59,8 @@ class Config:
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
+    cfg = replace(cfg, data=cfg.data or common.neighbour(cfg.rollouts, "agg", "data"),
+                  out=cfg.out or common.neighbour(cfg.rollouts, "agg", "out", later=1))
     clips, rollouts, out = data.Clips(cfg.data), data.Clips(cfg.rollouts), Path(cfg.out)
     cfg = replace(cfg, wan=cfg.wan or clips.meta()["wan"],
                   dtype=cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
@@ -63,7 +75,9 @@ def main(cfg: Config):
     try:
         # one network at a time: the text encoder alone is 11 GB
         if cfg.rewrite:
-            encode_prompts(cfg, [entries[j] for j in todo], out, ranks)
+            prompts = [(new["id"], new["prompt"]) for new in entries]
+            data.stage_texts(out, prompts, ranks,
+                             lambda: t5.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype)), "prompts")
         reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks)
         finish(clips, entries, out, ranks)
     except OSError as error:
@@ -98,7 +112,12 @@ def reverse(latents: torch.Tensor, coder: vae.WanVAE, flip="pixels", real=None) 
 
 
 def rewritten(prompt: str, template: str) -> str:
-    return template.replace("{}", prompt[:1].lower() + prompt[1:])
+    """ModifyPrompt of Algorithm 1. Only an ordinary word loses its capital: "The", not "NASA" or "I"."""
+    if template == TEMPLATE and SELF_DESCRIBED.match(prompt):
+        return SELF_DESCRIBED.sub(r"\1reversed ", prompt, count=1)
+    if prompt.startswith("A ") or prompt[1:2].islower():
+        prompt = prompt[0].lower() + prompt[1:]
+    return template.replace("{}", prompt)
 
 
 def entry(cfg: Config, rollout: dict) -> dict:
@@ -173,25 +192,6 @@ def describe(cfg, clips, rollouts, out, ranks):
     dist.barrier()
 
 
-def encode_prompts(cfg, entries, out, ranks):
-    """As in prepare.py, text embeddings wait in text/ until their clip is there."""
-    todo = [new for new in entries if not text_file(out, new["id"]).exists()]
-    if not todo:
-        return
-    (out / "text").mkdir(exist_ok=True)
-    encoder = t5.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
-    with common.progress(len(todo), "prompts", ranks) as bar:
-        for first in range(0, len(todo), 16):
-            some = todo[first:first + 16]
-            for new, text in zip(some, encoder.encode([new["prompt"] for new in some]), strict=True):
-                data.write_text_embedding(text_file(out, new["id"]), text)
-            bar.update(len(some))
-
-
-def text_file(out: Path, id: str) -> Path:
-    return out / "text" / f"{id}.safetensors"
-
-
 def reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks):
     coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
     videos = {source.id: source.path for source in data.find_clips(cfg.paste_real)} if cfg.paste_real else {}
@@ -200,9 +200,10 @@ def reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks):
             rollout, new = rollouts.load(j), entries[j]
             real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
             latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
-            text = data.read_text_embedding(text_file(out, new["id"])) if cfg.rewrite else rollout["text"]
+            staged = data.text_file(out, new["id"])
+            text = data.read_text_embedding(staged) if cfg.rewrite else rollout["text"]
             data.write_clip(out, new["id"], latents, text, new["prompt"], new["source"])
-            text_file(out, new["id"]).unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             bar.update()
 
 
@@ -222,8 +223,6 @@ def finish(clips, entries, out, ranks):
     dist.barrier()
     if ranks.rank == 0:
         shutil.rmtree(out / "text", ignore_errors=True)
-        for torn in out.rglob(".*.tmp"):  # by whoever was killed
-            torn.unlink()
         with common.replacing(out / "empty.safetensors") as temporary:
             shutil.copyfile(clips.folder / "empty.safetensors", temporary)
         with common.replacing(out / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:

@@ -25,12 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # imported later, its default arguments would keep the process group alive
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
-
-# Bits must not depend on how many samples share a batch; left alone, MKL picks kernels by the number of rows.
-# Read at the first matrix product; measured to cost nothing.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 class UserError(ValueError):
@@ -46,7 +41,8 @@ def positional(**kwargs):
 
 
 def parse_args(config: type, doc: str, argv: list[str] | None = None):
-    """argv -> Config. The comment behind a field (or on the lines right above it) is its help."""
+    """argv -> Config. The comment behind a field (or on the lines right above it) is its help. Its attribute
+    `given` names the fields that were on the command line, be it at their default."""
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
@@ -76,8 +72,12 @@ def parse_args(config: type, doc: str, argv: list[str] | None = None):
             parser.add_argument(field.name, **options)
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), required=required, **options)
-    given = vars(parser.parse_args(argv))
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    absent = dict.fromkeys((field.name for field in dataclasses.fields(config)), dataclasses.MISSING)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
+    given = {k: v for k, v in given.items() if v is not dataclasses.MISSING}
+    cfg = config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    cfg.given = given.keys()
+    return cfg
 
 
 def field_comments(config: type) -> dict[str, str]:
@@ -154,6 +154,16 @@ def progress(total: int, what: str, ranks: Ranks):
     return tqdm(total=total, desc=what, unit=" " + what, dynamic_ncols=True, disable=hidden)
 
 
+def batched(items: list, size: int) -> list[list]:
+    return [items[first:first + size] for first in range(0, len(items), size)]
+
+
+def my_share(batches: list[list], ranks: Ranks, done: Callable) -> list[list]:
+    """This rank's batches with anything left to do. They are made again as a whole: how a sample is rounded
+    may depend on what shares its batch, so that must depend on its place alone, never on what is left."""
+    return [batch for batch in batches[ranks.rank::ranks.world] if not all(map(done, batch))]
+
+
 def ahead(function, items, workers: int = 2):
     """(item, function(item)) in order, computed by threads a few items ahead of whoever asks."""
     with ThreadPoolExecutor(workers) as pool:
@@ -187,24 +197,25 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~umask())  # safetensors 0.8 leaves its files 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def sweep(folder):
+    """Removes what killed processes left of files they were replacing, in a folder and below it."""
+    for file in Path(folder).rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", file.name):
+            file.unlink(missing_ok=True)
 
 
 def claim(file, own: dict, **about) -> bool:
     """file says how all in its folder is made: writes it (and, for people, about), or refuses a folder that
-    was begun in another way. True: it was begun before."""
+    was begun in another way. True: it was begun before. What a killed process left half-written goes."""
     file = Path(file)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        sweep(file.parent)
         write_text(file, json.dumps(own | about, ensure_ascii=False, indent=1) + "\n")
         return False
     before = read_json(file)
@@ -212,6 +223,7 @@ def claim(file, own: dict, **about) -> bool:
         if before.get(key) != value:
             raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
                             "another --out, or remove it")
+    sweep(file.parent)
     return True
 
 
@@ -232,11 +244,39 @@ def fingerprint(*files) -> str:
     return digest.hexdigest()[:16]
 
 
+# how a safetensors file calls what we store, in the order in which it keeps them: the widest first
+DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
+          torch.float16: "F16", torch.uint8: "U8"}
+
+
 def save_tensors(path, tensors: dict[str, torch.Tensor], **metadata):
-    """A safetensors file. Metadata is one JSON entry: several would come in another order every time."""
-    with replacing(path) as temporary:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
-                  {"json": json.dumps(metadata, ensure_ascii=False)})
+    """A safetensors file, a tensor at a time and byte for byte as the library's, whose own writer leaves
+    temporary files of unknown names when it is killed. Metadata is one JSON entry."""
+    names = sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
+    header, end = {"__metadata__": {"json": json.dumps(metadata, ensure_ascii=False)}}, 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def neighbour(path, kind: str, flag: str, later: int = 0) -> str:
+    """The folder of another kind beside path, of the same round or a later one: run/agg_1 -> run/model_1."""
+    number = round_of(path)
+    if number is None:
+        raise UserError(f"{path} does not end in a round's number, as agg_1 does; give --{flag} DIR")
+    return str(Path(path).with_name(f"{kind}_{number + later}"))
+
+
+def round_of(path) -> int | None:
+    number = re.fullmatch(r"\w+_(\d+)", Path(path).name)
+    return int(number[1]) if number else None
 
 
 # ----------------------------------------------------------------------------------------------------

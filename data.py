@@ -20,10 +20,12 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+import common
 from common import UserError, open_weights, read_json, replacing, rng, save_tensors, write_text
 
 
@@ -399,6 +401,29 @@ def write_clip(folder, id: str, latents: torch.Tensor, text: torch.Tensor, promp
     save_tensors(clip_file(folder, id), tensors, prompt=prompt, source=source)
 
 
+def stage_texts(out, clips: list[tuple[str, str]], ranks, load_encoder, what: str):
+    """Embeddings of (id, prompt) wait in out/text until their clip is written, for one large network is in
+    memory at a time. Prompts go through the encoder in batches of 16 that restarts do not change."""
+    def done(clip):
+        return text_file(out, clip[0]).exists() or clip_file(out, clip[0]).exists()
+
+    todo = common.my_share(common.batched(clips, 16), ranks, done)
+    (Path(out) / "text").mkdir(exist_ok=True)
+    if todo:
+        encoder = load_encoder()
+        with common.progress(sum(map(len, todo)), what, ranks) as bar:
+            for batch in todo:
+                for clip, text in zip(batch, encoder.encode([prompt for _, prompt in batch]), strict=True):
+                    if not done(clip):
+                        write_text_embedding(text_file(out, clip[0]), text)
+                bar.update(len(batch))
+    dist.barrier()
+
+
+def text_file(out, id: str) -> Path:
+    return Path(out) / "text" / f"{id}.safetensors"
+
+
 def write_text_embedding(path, text: torch.Tensor):
     save_tensors(path, {"text": text.to(TEXT_DTYPE)})
 
@@ -469,13 +494,20 @@ class Clips:
     def __len__(self):
         return len(self.offsets)
 
+    def __iter__(self) -> Iterator[dict]:
+        with open(self.index, "rb") as f:
+            yield from map(self.parse, range(len(self)), f)
+
     def __getitem__(self, i: int) -> dict:
         with open(self.index, "rb") as f:  # anew each time: loader processes must not share a file position
             f.seek(self.offsets[i])
-            try:
-                return json.loads(f.readline())
-            except ValueError as error:
-                raise UserError(f"{self.index}:{i + 1}: not valid JSON: {error}") from None
+            return self.parse(i, f.readline())
+
+    def parse(self, i: int, line: bytes) -> dict:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.index}:{i + 1}: not valid JSON: {error}") from None
 
     def meta(self) -> dict:
         return read_json(self.folder / "meta.json")
@@ -497,6 +529,21 @@ class Clips:
                 raise UserError(f"{file} has no tensor {name!r}")
             entry[name] = tensors[name].read()
         return entry
+
+
+HELD_OUT = 32  # seed clips that no training sees, unless told otherwise
+
+
+def origin(entry: dict) -> str:
+    """The id of the seed clip that a rollout or a corrective clip began as; a seed clip's own."""
+    return entry["id"] if entry["kind"] == "seed" else entry["id"].rpartition("-round")[0]
+
+
+def held_out(clips: Clips, count: int) -> list[int]:
+    """The places of the seed clips that no round trains on or rolls out: the same in every round, since every
+    round's index begins with the same seed clips; a larger count only adds to them."""
+    seeds = [i for i, kind in enumerate(clips.kinds) if kind == "seed"]
+    return sorted(seeds[int(k)] for k in permutation(len(seeds), "held out", 0)[:count])
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,16 @@ def x0_from_v(x, v, t):
     return x - per_frame(t, x) * v
 
 
+def bell_weight(t, shift: float):
+    """Self-Forcing's weight of the loss by noise level: most at t = 500, none at 1000, and 1 on average over
+    the shifted grid of 1000 levels that training draws t from."""
+    def bell(t):
+        return torch.exp(-2 * ((t - 500) / 1000)**2)
+
+    grid = bell(1000 * shifted(1 - torch.arange(1000) / 1000, shift))
+    return (bell(t) - grid.min()) / (grid - grid.min()).mean()
+
+
 def sigma_grid(steps: int, shift: float, solver: str = "euler") -> list[float]:
     """steps + 1 levels from noise to clean. UniPC works with log-SNR, infinite at both ends: like diffusers,
     it starts just below 1 and spaces its steps as if there were one more, at 1/1000."""

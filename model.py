@@ -462,6 +462,14 @@ def find_weights(path) -> list[Path]:
                     "neither itself nor in transformer/")
 
 
+def settings(path) -> dict:
+    """What the config.json beside a model's weights says; train_df.py adds how it was trained."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "config.json"
+    said = common.read_json(file) if file.exists() else {}
+    return said | ({"wan": str((folder / said["wan"]).resolve())} if "wan" in said else {})
+
+
 def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
     files = find_weights(path)
     weights, metadata = common.open_weights(*files)

@@ -7,6 +7,7 @@ Captions: clip.txt beside clip.mp4, or a metadata.jsonl / metadata.csv that list
 again it continues. A clip that cannot be used is listed with the reason, and the rest goes on.
 """
 
+import functools
 import shutil
 import sys
 from dataclasses import dataclass
@@ -47,16 +48,9 @@ def main(cfg: Config):
            f"{geometry.height} at {geometry.fps} fps each")
     describe(cfg, geometry, out, ranks)
 
-    mine = []
-    for source in sources[ranks.rank::ranks.world]:
-        if not source.caption:
-            skipped[source.id] = f"{source.path}: no caption"
-        elif not data.clip_file(out, source.id).exists():
-            mine.append(source)
     try:
-        # one network at a time: the text encoder alone is 11 GB
-        encode_captions(cfg, mine, out, ranks, dtype)
-        encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped)
+        encode_captions(cfg, sources, out, ranks, dtype)
+        encode_videos(cfg, sources, geometry, out, ranks, dtype, skipped)
     except OSError as error:
         kept = sum(1 for _ in out.glob("clips/*.safetensors"))
         raise UserError(f"{error}\n{kept} finished clips are kept in {out}; mend that and run the same "
@@ -81,29 +75,22 @@ def describe(cfg, geometry, out, ranks):
     dist.barrier()
 
 
-def encode_captions(cfg, mine, out, ranks, dtype):
-    """Text embeddings wait in text/ until their clip is encoded."""
-    todo = [source for source in mine if not text_file(out, source.id).exists()]
+def encode_captions(cfg, sources, out, ranks, dtype):
+    load = functools.cache(lambda: t5.load(cfg.wan, ranks.device, dtype))
     empty = out / "empty.safetensors"  # the prompt that dropout and guidance use
-    (out / "text").mkdir(exist_ok=True)
-    if todo or not empty.exists():
-        encoder = t5.load(cfg.wan, ranks.device, dtype)
-        if ranks.rank == 0:
-            data.write_text_embedding(empty, encoder.encode([""])[0])
-        with common.progress(len(todo), "captions", ranks) as bar:
-            for first in range(0, len(todo), 16):
-                some = todo[first:first + 16]
-                for source, text in zip(some, encoder.encode([s.caption for s in some]), strict=True):
-                    data.write_text_embedding(text_file(out, source.id), text)
-                bar.update(len(some))
+    if ranks.rank == 0 and not empty.exists():
+        data.write_text_embedding(empty, load().encode([""])[0])
+    captions = [(source.id, source.caption) for source in sources if source.caption]
+    data.stage_texts(out, captions, ranks, load, "captions")
 
 
-def text_file(out: Path, id: str) -> Path:
-    return out / "text" / f"{id}.safetensors"
-
-
-def encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped):
-    network = vae.load(cfg.wan, ranks.device, dtype)
+def encode_videos(cfg, sources, geometry, out, ranks, dtype, skipped):
+    network, mine = vae.load(cfg.wan, ranks.device, dtype), []
+    for source in sources[ranks.rank::ranks.world]:
+        if not source.caption:
+            skipped[source.id] = f"{source.path}: no caption"
+        elif not data.clip_file(out, source.id).exists():
+            mine.append(source)
     data.append_index(out, [])  # makes it, or mends the last line of a run that was killed
     listed = len(data.Clips(out))
 
@@ -122,9 +109,9 @@ def encode_videos(cfg, mine, sources, geometry, out, ranks, dtype, skipped):
                 skipped[source.id] = clip
             else:
                 latents = network.encode(data.to_float(clip[None].to(ranks.device)))[0]
-                text = data.read_text_embedding(text_file(out, source.id))
+                text = data.read_text_embedding(data.text_file(out, source.id))
                 data.write_clip(out, source.id, latents, text, source.caption, source.path.name)
-                text_file(out, source.id).unlink()
+                data.text_file(out, source.id).unlink()
             bar.update()
             if ranks.rank == 0:
                 listed = list_finished(sources, out, listed)
@@ -155,8 +142,6 @@ def finish(sources, out, ranks, skipped):
         reasons = [reason for _, reason in sorted(skipped.items())]
         common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for reason in reasons))
         shutil.rmtree(out / "text", ignore_errors=True)
-        for torn in out.rglob(".*.tmp"):  # by whoever was killed
-            torn.unlink()
         print(*(f"skipped: {reason}\n" for reason in reasons), sep="", end="")
         print(f"{len(sources) - len(skipped)} clips in {out}, {len(skipped)} skipped"
               + (f" (listed in {out / 'skipped.txt'})" if skipped else ""))

@@ -1,15 +1,15 @@
 """Stage 2: model_k/ + agg_k/ -> rollout_k/, real first chunks continued by the model itself, drift and all.
 
-    python rollout.py --model model_0 --data agg_0 --out rollout_0 --round 0
+    python rollout.py --model model_0                       with agg_0 beside it, into rollout_0
     torchrun --nproc-per-node 8 rollout.py ...              the same on 8 GPUs
 
-Killed and started again it continues. A rollout is a function of (seed, round, clip), whatever the batch, the
-number of GPUs and --count: a larger one, into another --out, makes the same rollouts first.
+Killed and started again it continues, to the same bytes. A rollout is a function of (seed, round, clip); the
+batch, the number of GPUs and --count change it by rounding alone. Clips that training held out stay out.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,19 +30,24 @@ GEOMETRY = ("latents", "width", "height", "frames", "fps", "wan", "vae", "t5")  
 @dataclass
 class Config:
     model: str  # model_k
-    data: str  # agg_k; only its seed clips, those of agg_0, are rolled out
-    out: str  # where the rollouts go
+    # agg_k; only its seed clips, those of agg_0, are rolled out (default: agg_0 beside model_k)
+    data: str | None = None
+    out: str | None = None  # where the rollouts go (default: rollout_k beside model_k)
     count: int | None = None  # seed clips to roll out (default: half of them)
-    round: int = 0  # k; every round draws other clips and other noise
+    # k; every round draws other clips and other noise (default: that of model_k's name, else 0)
+    round: int | None = None
+    # seed clips kept from rollouts as from training (default: as many as model_k was trained without)
+    held_out: int | None = None
     # Wan directory, for its VAE (default: what the model's config.json says, else where --data's came from)
     wan: str | None = None
     seed: int = 0  # picks are a function of (seed, round), noise of (seed, round, clip, chunk)
-    batch: int = 1  # rollouts made at once, which does not change them
+    batch: int = 1  # rollouts made at once, which changes them by rounding alone
     steps: int = 20  # of the solver, for each chunk
     guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
     shift: float = 8.0  # of the noise levels, as in training
     solver: Literal["euler", "unipc"] = "euler"  # of the flow
     previews: int = 16  # rollouts to show in preview.png
+    compile: bool | None = None  # the transformer's blocks (default: on a GPU)
     # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
@@ -50,18 +55,18 @@ class Config:
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
-    dtype = cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    cfg = complete(cfg, ranks)
     clips, out = data.Clips(cfg.data), Path(cfg.out)
     wan, null = check(cfg, clips)
     picks = pick(cfg, clips)
     entries = [entry(clips[i], cfg.round) for i in picks]
-    describe(cfg, clips, len(picks), dtype, out, ranks)
-    todo = [j for j in range(ranks.rank, len(picks), ranks.world)
-            if not data.clip_file(out, entries[j]["id"]).exists()]
-    print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {len(todo)} to roll out"
+    describe(cfg, clips, len(picks), out, ranks)
+    todo = common.my_share(common.batched(range(len(picks)), cfg.batch), ranks,
+                           lambda j: data.clip_file(out, entries[j]["id"]).exists())
+    print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {sum(map(len, todo))} to roll out"
            + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
     try:
-        make(cfg, clips, picks, entries, todo, null, out, ranks, getattr(torch, dtype))
+        make(cfg, clips, picks, entries, todo, null, out, ranks)
         finish(entries, out, ranks)
     except OSError as error:
         kept = sum(1 for _ in out.glob("clips/*.safetensors"))
@@ -69,7 +74,7 @@ def main(cfg: Config):
                         "command to continue") from None
     report_drift(data.Clips(out), ranks)
     if ranks.rank == 0 and cfg.previews:
-        preview(cfg, data.Clips(out), vae.load(wan, ranks.device, getattr(torch, dtype)))
+        preview(cfg, data.Clips(out), vae.load(wan, ranks.device, getattr(torch, cfg.dtype)))
     print0(f"{len(picks)} rollouts in {out}" + f", shown in {out / 'preview.png'}" * (cfg.previews > 0))
 
 
@@ -77,14 +82,17 @@ def main(cfg: Config):
 # the method: which clips, and what becomes of them
 
 def pick(cfg: Config, clips: data.Clips) -> list[int]:
-    """M seed clips without replacement: the first M of a permutation drawn anew every round."""
+    """M seed clips without replacement: the first M of a permutation drawn anew every round that were not
+    held out from training."""
     seeds = [i for i, kind in enumerate(clips.kinds) if kind == "seed"]
-    count = max(1, len(seeds) // 2) if cfg.count is None else cfg.count
-    if not 1 <= count <= len(seeds):
-        raise UserError(f"--count {count}: {cfg.data} has {len(seeds)} seed clips; a round rolls out 1 at "
-                        "least, and each at most once")
+    held_out = set(data.held_out(clips, cfg.held_out))
+    there = len(seeds) - len(held_out)
+    count = max(1, min(len(seeds) // 2, there)) if cfg.count is None else cfg.count
+    if not 1 <= count <= there:
+        raise UserError(f"--count {count}: {cfg.data} has {len(seeds)} seed clips, {len(held_out)} of them "
+                        "held out (--held-out); a round rolls out 1 at least, and each at most once")
     order = torch.randperm(len(seeds), generator=common.rng(cfg.seed, "rollout", cfg.round))
-    return [seeds[i] for i in order[:count]]
+    return [seeds[i] for i in order if seeds[i] not in held_out][:count]
 
 
 def roll_out(cfg: Config, net: model.WanModel, some: list[dict], null: torch.Tensor) -> torch.Tensor:
@@ -101,6 +109,16 @@ def roll_out(cfg: Config, net: model.WanModel, some: list[dict], null: torch.Ten
 
 # ----------------------------------------------------------------------------------------------------
 # around it
+
+def complete(cfg: Config, ranks) -> Config:
+    """Fills in what follows from the model and the device."""
+    config = model.settings(cfg.model)
+    found = {"data": str(Path(cfg.model).parent / "agg_0"), "round": common.round_of(cfg.model) or 0,
+             "held_out": config.get("held_out", data.HELD_OUT), "compile": ranks.device.type == "cuda",
+             "dtype": "bfloat16" if ranks.device.type == "cuda" else "float32"}
+    out = cfg.out or common.neighbour(cfg.model, "rollout", "out")
+    return replace(cfg, out=out, **{k: v for k, v in found.items() if getattr(cfg, k) is None})
+
 
 def check(cfg: Config, clips: data.Clips) -> tuple[Path, torch.Tensor]:
     """Does all fit together? Then the Wan directory and the empty prompt's embedding."""
@@ -122,17 +140,10 @@ def check(cfg: Config, clips: data.Clips) -> tuple[Path, torch.Tensor]:
     if (channels, null.shape[1]) != (limits.in_dim, limits.text_dim):
         raise UserError(f"{cfg.data} has latents of {channels} channels and text of width {null.shape[1]}; "
                         f"{cfg.model} takes {limits.in_dim} and {limits.text_dim}")
-    wan = wan_directory(cfg, meta)
+    wan = Path(cfg.wan or model.settings(cfg.model).get("wan") or meta["wan"])
     if common.fingerprint(*vae.find(wan)[0]) != meta["vae"]:
         raise UserError(f"{wan} has another VAE than the one that made {cfg.data}; give --wan {meta['wan']}")
     return wan, null
-
-
-def wan_directory(cfg: Config, meta: dict) -> Path:
-    folder = Path(cfg.model) if Path(cfg.model).is_dir() else Path(cfg.model).parent
-    config = folder / "config.json"
-    told = common.read_json(config).get("wan") if config.exists() else None
-    return Path(cfg.wan or (folder / told if told else meta["wan"]))
 
 
 def entry(clip: dict, round: int) -> dict:
@@ -141,15 +152,16 @@ def entry(clip: dict, round: int) -> dict:
             "round": round, "source": clip["id"]}
 
 
-def describe(cfg, clips, count, dtype, out, ranks):
+def describe(cfg, clips, count, out, ranks):
     """meta.json says how all rollouts here are made; what exists already must be made the same way."""
     before = clips.meta()
     meta = {key: before[key] for key in GEOMETRY} | {
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "model": str(Path(cfg.model).resolve()),
         "model_fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
-        "seed": cfg.seed, "round": cfg.round, "count": count, "steps": cfg.steps, "guidance": cfg.guidance,
-        "shift": cfg.shift, "solver": cfg.solver, "dtype": dtype}
+        "seed": cfg.seed, "round": cfg.round, "count": count, "held_out": cfg.held_out,
+        "steps": cfg.steps, "guidance": cfg.guidance, "shift": cfg.shift, "solver": cfg.solver,
+        "dtype": cfg.dtype}
     if ranks.rank == 0:
         (out / "clips").mkdir(parents=True, exist_ok=True)
         common.claim(out / "meta.json", meta, command=sys.argv)
@@ -157,23 +169,25 @@ def describe(cfg, clips, count, dtype, out, ranks):
     dist.barrier()
 
 
-def make(cfg, clips, picks, entries, todo, null, out, ranks, dtype):
+def make(cfg, clips, picks, entries, todo, null, out, ranks):
     if not todo:
         return
-    net, began = model.load(cfg.model, ranks.device, dtype), time.monotonic()
-    listed = len(data.Clips(out))
-    with common.progress(len(todo), "rollouts", ranks) as bar:
-        for first in range(0, len(todo), cfg.batch):
-            places = todo[first:first + cfg.batch]
+    net, began = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype)), time.monotonic()
+    if cfg.compile:
+        net.compile_blocks()
+    count, listed = sum(map(len, todo)), len(data.Clips(out))
+    with common.progress(count, "rollouts", ranks) as bar:
+        for places in todo:
             some = [load(cfg, clips, picks[j], net.config.text_len) for j in places]
             for j, clip, latents in zip(places, some, roll_out(cfg, net, some, null), strict=True):
                 if not latents.to(data.LATENT_DTYPE).isfinite().all():
                     raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
-                data.write_clip(out, entries[j]["id"], latents, clip["text"], clip["prompt"], clip["id"])
+                if not data.clip_file(out, entries[j]["id"]).exists():
+                    data.write_clip(out, entries[j]["id"], latents, clip["text"], clip["prompt"], clip["id"])
             bar.update(len(places))
             if ranks.rank == 0:
                 listed = list_finished(entries, out, listed)
-    rate = len(todo) / (time.monotonic() - began)
+    rate = count / (time.monotonic() - began)
     print0(f"{rate:.3g} rollouts/s" + f" on this rank, of {ranks.world}" * (ranks.world > 1))
 
 
@@ -199,8 +213,6 @@ def finish(entries, out, ranks):
     dist.barrier()
     if ranks.rank == 0:
         list_finished(entries, out, len(data.Clips(out)))
-        for torn in out.rglob(".*.tmp"):  # by whoever was killed
-            torn.unlink()
     dist.barrier()
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 import common
 import data
@@ -52,14 +53,17 @@ class Config:
     prompt: str | None = None
     prompts: str | None = None  # instead: a .txt with a prompt a line, or a .jsonl
     out: str = "videos"  # where the videos go
-    like: str | None = None  # a video to make again, all as in its tags but for the flags that are no default
-    extend: str | None = None  # a video to continue: its last frames, 45 at most, begin the new one
+    like: str | None = None  # a video to make again, all as in its tags but for the flags given beside it
+    extend: str | None = None  # a video to continue: its last frames begin the new one
+    # latent frames of it that the model sees at first, fewer if it is shorter; 12 are 45 frames of video
+    # (default: as --keep)
+    context: int | None = None
     image: str | None = None  # a png or jpg that becomes the first frame
     seconds: float = 5.0  # of each video, what it continues included; rounded up to whole chunks
     size: str | None = None  # WIDTHxHEIGHT (default: what --wan says, or 832x480)
     seed: int = 0  # noise is a function of (seed, the prompt's place, chunk)
     samples: int = 1  # videos of each prompt, with seeds seed, seed + 1, ...
-    batch: int = 1  # videos made at once, which does not change them
+    batch: int = 1  # videos made at once, which changes them by rounding alone
     steps: int = 20  # of the solver, for each chunk
     guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
     shift: float = 8.0  # of the noise levels, as in training
@@ -74,6 +78,7 @@ class Config:
     crf: int = 18  # h264 quality: less is better
     preset: str = "medium"  # h264 speed
     log_drift: bool = False  # write the latents' mean, spread and outliers by chunk to NAME.jsonl
+    compile: bool | None = None  # the transformer's blocks (default: on a GPU)
     # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
@@ -81,7 +86,7 @@ class Config:
 
 # the flags that make a video what it is: its tags hold them, and --like takes them from there
 RECIPE = {f.name for f in dataclasses.fields(Config)} - {
-    "prompt", "prompts", "out", "like", "samples", "batch", "log_drift", "device"}
+    "prompt", "prompts", "out", "like", "samples", "batch", "log_drift", "compile", "device"}
 
 
 class Video(NamedTuple):
@@ -102,17 +107,23 @@ def main(cfg: Config):
     videos = plan(cfg, rows, coder)
     if before and before["fingerprint"] != videos[0].tags["fingerprint"]:
         print0(f"warning: {cfg.model} is not the model that made {cfg.like}: the video will differ")
-    mine = [video for video in videos[ranks.rank::ranks.world] if not finished(video)]
-    print0(f"{len(videos)} videos of {cfg.size}; {len(mine)} to make"
+    todo = common.my_share(batches(videos, cfg.batch), ranks, finished)
+    print0(f"{len(videos)} videos of {cfg.size}; {sum(map(len, todo))} to make"
            + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
-    if not mine:
+    if ranks.rank == 0:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        common.sweep(cfg.out)
+    dist.barrier()
+    if not todo:
         return
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     # one large network at a time: the text encoder alone is 11 GB
-    texts = encode_prompts(cfg, mine, limits, ranks.device, dtype)
+    encoded = encode_prompts(cfg, todo, limits, ranks.device, dtype)
     net = model.load(cfg.model, ranks.device, dtype)
-    with common.progress(sum(video.tags["frames"] for video in mine), "frames", ranks) as bar:
-        for batch in batches(mine, cfg.batch):
+    if cfg.compile:
+        net.compile_blocks()
+    frames = sum(video.tags["frames"] for batch in todo for video in batch)
+    with common.progress(frames, "frames", ranks) as bar:
+        for batch, texts in zip(todo, encoded, strict=True):
             make(cfg, batch, net, coder, texts, ranks.device, bar)
 
 
@@ -121,16 +132,14 @@ def main(cfg: Config):
 
 def read_recipe(like: str) -> dict:
     tags = data.read_tags(like)
-    if not tags.keys() >= RECIPE | {"prompts", "times", "name", "id", "fingerprint"}:
+    if not tags.keys() >= {"model", "wan", "prompts", "times", "name", "id", "fingerprint"}:
         raise UserError(f"{like} does not say how it was made; videos of sample.py do, unless edited since")
     return tags
 
 
 def complete(cfg: Config, before: dict, ranks) -> Config:
-    """What --like says in place of defaults; what follows from other flags; paths that hold anywhere."""
-    cfg = dataclasses.replace(cfg, **{
-        f.name: before[f.name] for f in dataclasses.fields(cfg)
-        if f.name in RECIPE & before.keys() and getattr(cfg, f.name) == f.default})
+    """What --like says in place of flags not given; what follows from others; paths that hold anywhere."""
+    cfg = dataclasses.replace(cfg, **{k: before[k] for k in RECIPE & before.keys() - given(cfg)})
     if cfg.model is None or not Path(cfg.model).exists():
         problem = f"--model {cfg.model} does not exist" if cfg.model else "no model"
         raise UserError(f"{problem}; give --model DIR, which train_df.py makes, or a download of Wan2.1:\n"
@@ -142,18 +151,24 @@ def complete(cfg: Config, before: dict, ranks) -> Config:
                         "levels are from 0 to 1")
     if cfg.image and cfg.extend:
         raise UserError("--image and --extend are both given; a video begins with one or the other")
-    path = Path(cfg.model).resolve()
-    folder = path if path.is_dir() else path.parent
-    told = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if not cfg.wan and "wan" not in told:
+    trained = model.settings(cfg.model)
+    if not cfg.wan and "wan" not in trained:
         raise UserError(f"{cfg.model} names no Wan directory for VAE and text encoder; give --wan DIR")
-    if cfg.image and not told.get("image_first"):
+    if cfg.image and not trained.get("image_first"):
         print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
-    files = {k: str(Path(v).resolve()) for k in ("wan", "extend", "image") if (v := getattr(cfg, k))}
-    files = {"wan": str((folder / told.get("wan", "")).resolve())} | files | {"model": str(path)}
-    geometry = data.geometry(files["wan"], cfg.size)
-    dtype = cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
-    return dataclasses.replace(cfg, **files, dtype=dtype, size=f"{geometry.width}x{geometry.height}")
+    files = {k: str(Path(v).resolve()) for k in ("model", "wan", "extend", "image") if (v := getattr(cfg, k))}
+    files = {"wan": trained.get("wan")} | files
+    geometry, gpu = data.geometry(files["wan"], cfg.size), ranks.device.type == "cuda"
+    dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
+    return dataclasses.replace(cfg, **files, dtype=dtype, size=f"{geometry.width}x{geometry.height}",
+                               compile=gpu if cfg.compile is None else cfg.compile,
+                               context=cfg.keep if cfg.context is None else cfg.context)
+
+
+def given(cfg: Config) -> set[str]:
+    """The flags on the command line, be they at their defaults; in Python, those that are not."""
+    changed = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    return changed | set(getattr(cfg, "given", ()))
 
 
 def read_prompts(cfg: Config, before: dict) -> list[tuple[str, dict]]:
@@ -230,8 +245,8 @@ def count_context(cfg: Config, extend: str | None, coder) -> int:
     if not extend:
         return 0
     there = data.count_crops(data.probe(extend), 1, fps)
-    # as much as a window keeps of the last: 45 frames, or else 33, 21, 9
-    for latents in range(max(cfg.keep // CHUNK, 1) * CHUNK, 0, -CHUNK):
+    # whole chunks: 45 frames, or else 33, 21, 9
+    for latents in range(max(cfg.context // CHUNK, 1) * CHUNK, 0, -CHUNK):
         if (count := coder.frame_count(latents)) <= there:
             return latents
     raise UserError(f"{extend} is too short to continue: it has {there} frames at {fps} fps, {count} are the "
@@ -322,23 +337,25 @@ def finished(video: Video) -> bool:
 # ----------------------------------------------------------------------------------------------------
 # making it
 
-def encode_prompts(cfg: Config, videos, limits, device, dtype) -> dict[str, torch.Tensor]:
-    prompts = dict.fromkeys([cfg.negative] + [text for video in videos for text in video.tags["prompts"]])
-    texts = dict(zip(prompts, t5.load(cfg.wan, device, dtype).encode(list(prompts)), strict=True))
-    for prompt, rows in texts.items():
-        if len(rows) > limits.text_len or rows.shape[1] != limits.text_dim:
-            raise UserError(f"{prompt[:40]!r} is {len(rows)} tokens of width {rows.shape[1]} to {cfg.wan};\n"
-                            f"{cfg.model} takes at most {limits.text_len} of width {limits.text_dim}")
-    return texts
+def encode_prompts(cfg: Config, todo, limits, device, dtype) -> list[dict[str, torch.Tensor]]:
+    """For each batch its texts' embeddings, which do not depend on which other batches are left to do."""
+    encoder, encoded = t5.load(cfg.wan, device, dtype), []
+    for batch in todo:
+        prompts = [cfg.negative] + [text for video in batch for text in video.tags["prompts"]]
+        encoded.append(dict(zip(prompts, encoder.encode(prompts), strict=True)))
+        for prompt, rows in encoded[-1].items():
+            if len(rows) > limits.text_len or rows.shape[1] != limits.text_dim:
+                raise UserError(f"{prompt[:40]!r} is {len(rows)} tokens of width {rows.shape[1]} to {cfg.wan}"
+                                f";\n{cfg.model} takes at most {limits.text_len} of width {limits.text_dim}")
+    return encoded
 
 
-def batches(videos, size: int):
+def batches(videos, size: int) -> list[list[Video]]:
     """Only videos that begin alike and change their text at the same frames can be made together."""
     groups = defaultdict(list)
     for video in videos:
         groups[video.begin, video.frames, *video.starts].append(video)
-    for group in groups.values():
-        yield from (group[i:i + size] for i in range(0, len(group), size))
+    return [batch for group in groups.values() for batch in common.batched(group, size)]
 
 
 def make(cfg: Config, videos, net, coder, texts, device, bar):
@@ -349,13 +366,14 @@ def make(cfg: Config, videos, net, coder, texts, device, bar):
     width, height = map(int, cfg.size.split("x"))
     given = torch.stack([read_context(cfg, video, coder) for video in videos]) if videos[0].begin else None
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(writing(video)) for video in videos]
+        files = [None if finished(video) else stack.enter_context(writing(video)) for video in videos]
 
         def on_chunk(first, latents, video):
             if first == 0 and given is not None:  # as it was given, not as the VAE shows it
                 video = given
             for send, piece in zip(files, data.to_uint8(video), strict=True):
-                send(piece)
+                if send:
+                    send(piece)
             drift.append((first, diffusion.drift_statistics(latents)))  # numbers only at the end: no waiting
             bar.update(video.shape[0] * video.shape[1])
 

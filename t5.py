@@ -19,7 +19,7 @@ from common import UserError, fill, first_line, open_weights, save_tensors, weig
 
 MAX_TOKENS = 512  # as Wan was trained, the closing eos included
 MAX_DISTANCE = 128  # tokens this far apart, or further, share the last position bucket
-BATCH_TOKENS = 8192  # of one forward on a GPU
+BATCH_TOKENS = 8192  # of one forward
 DOWNLOAD = "comes with Wan2.1: https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
 
 
@@ -175,10 +175,7 @@ class TextEncoder(NamedTuple):
         device, rows = self.encoder.norm.weight.device, {}
         with torch.inference_mode():
             for length, group in by_length.items():
-                # on a CPU the rounding of a matmul depends on its number of rows, and an embedding must
-                # not depend on what else was asked for: one prompt at a time there
-                size = 1 if device.type == "cpu" else BATCH_TOKENS // length
-                for batch in torch.tensor(group).split(size):
+                for batch in torch.tensor(group).split(BATCH_TOKENS // length):
                     rows |= zip(map(tuple, batch.tolist()), self.encoder(batch.to(device)), strict=True)
         return [rows[key].clone() for key in ids]  # tensors that autograd accepts, each its own memory
 

@@ -1,7 +1,7 @@
 """Stage 1: agg_k/ -> model_k/, by diffusion forcing: every chunk of a clip is noised to a level of its own.
 
-    torchrun --nproc-per-node 8 train_df.py --data agg_0 --init Wan2.1-T2V-1.3B --out model_0
-    python train_df.py --data agg_0 --init toy/wan --out model_0            the same, in one process
+    torchrun --nproc-per-node 8 train_df.py --data agg_0        from the Wan that made agg_0, into model_0
+    python train_df.py --data agg_0                             the same, in one process
 
 A seed clip carries loss on all its chunks. A corrective clip (a reversed rollout: drifted, then real) begins
 with 4 clean chunks without loss; it is the other 3 that teach the way back from drift.
@@ -38,15 +38,18 @@ import model
 import vae
 from common import UserError, print0
 
-CHUNK, PREFIX = 3, 4  # latent frames in a chunk; clean chunks that begin a corrective clip
+CHUNK = 3  # latent frames
 NOISE_BINS = 10  # the loss is also told by noise level, in bins of 100
 
 
 @dataclass
 class Config:
     data: str  # the clips: agg_k, made by prepare.py or aggregate.py
-    init: str  # the weights to begin with: a Wan directory, another model_k, or a file
-    out: str  # where model_k goes, with its checkpoints, log.jsonl and preview/
+    # the weights to begin with: a Wan directory, another model_k, or a file (default: the Wan directory that
+    # made the clips)
+    init: str | None = None
+    # where model_k goes, with its checkpoints, log.jsonl and preview/ (default: model_k beside agg_k)
+    out: str | None = None
     wan: str | None = None  # Wan directory whose VAE shows the previews (default: the one of --data)
     # df: diffusion forcing; tf: teacher forcing, noisy chunks beside their clean past; full: bidirectional,
     # one noise level a clip
@@ -63,11 +66,16 @@ class Config:
     shift: float = 8.0  # of noise levels towards 1000
     drop: float = 0.1  # share of clips that lose their prompt, for guidance
     drop_kind: Literal["both", "seed"] = "both"  # the kinds of clips that may lose it
+    prefix: int = 4  # clean chunks without loss that begin a corrective clip
     seed_prefix: float = 0.0  # share of seed clips with a clean prefix without loss, like corrective ones
     image_first: float = 0.0  # share of steps whose clips begin with a chunk of 1, as image to video does
     # share of corrective clips in training, 0..1 (default: their share of the data)
     corrective_share: float | None = None
-    held_out: int = 32  # seed clips kept from training; their loss compares rounds
+    # over a clip's loss-bearing latents and then over clips (clip), or all latents alike (latent), so that a
+    # corrective clip counts 9/21 of a seed clip
+    loss_mean: Literal["clip", "latent"] = "clip"
+    loss_weight: Literal["flat", "bell"] = "flat"  # by noise level; bell: most at 500, none at 1000
+    held_out: int = data.HELD_OUT  # seed clips kept from training and rollouts; their loss compares rounds
     seed: int = 0  # of the order of clips, their noise levels, noise and dropout
     log_every: int = 10  # steps from one line of the log to the next
     eval_every: int = 500  # steps between measurements of the held-out loss
@@ -130,7 +138,7 @@ def train_step(cfg, state, micro, step: int, ranks):
         if ranks.world > 1:  # gradients travel once, with the last
             state.net.set_requires_gradient_sync(k == count - 1)
         error = errors(cfg, state.net, batch)                                              # [B, F]
-        loss = clip_losses(error, batch.mask)                                              # [B]
+        loss = clip_losses(error, batch.weight)                                            # [B]
         # the mean over the global batch, since gradients are averaged over ranks
         (loss.sum() * ranks.world / cfg.batch).backward()
         tally(state.totals, error.detach(), loss.detach(), batch)
@@ -159,9 +167,9 @@ def errors(cfg, net, batch) -> torch.Tensor:
     return (v - diffusion.velocity(batch.x0, batch.noise)).square().mean((2, 3, 4))
 
 
-def clip_losses(error, mask) -> torch.Tensor:
-    """The mean over each clip's loss-bearing latents, [B]."""
-    return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+def clip_losses(error, weight) -> torch.Tensor:
+    """[B]; with the flags' defaults the mean over each clip's loss-bearing latents."""
+    return (error * weight).sum(1)
 
 
 def learning_rate(cfg, step: int) -> float:
@@ -177,6 +185,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor
     t: torch.Tensor  # [B, F], 0 where a chunk is shown clean
     mask: torch.Tensor  # [B, F], 1 where there is loss
+    weight: torch.Tensor  # [B, F], how much a frame's error counts in the clip's loss
     text: torch.Tensor  # [B, n, text_dim]
     chunk: torch.Tensor  # [F], the chunk a frame belongs to
     sizes: tuple[int, ...]  # of the chunks
@@ -197,17 +206,15 @@ class Clips:
         if not empty.exists():
             raise UserError(f"{empty} is missing: the empty prompt's embedding, which prepare.py writes")
         self.null = data.read_text_embedding(empty).float()
-        kinds = {"seed": [], "corrective": []}
-        for i, kind in enumerate(self.store.kinds):
-            if kind not in kinds:
-                raise UserError(f"{self.store.index}:{i + 1}: a {kind} is not to be trained on; aggregate.py "
-                                "makes corrective clips of rollouts")
-            kinds[kind].append(i)
-        # every round's index begins with the same seed clips, so that all rounds hold out the same ones
-        seeds, self.corrective = kinds["seed"], kinds["corrective"]
-        chosen = {int(k) for k in data.permutation(len(seeds), "held out", 0)[:cfg.held_out]}
-        self.held_out = [i for place, i in enumerate(seeds) if place in chosen]
-        self.seed = [i for place, i in enumerate(seeds) if place not in chosen]
+        self.held_out = data.held_out(self.store, cfg.held_out)
+        unseen, self.seed, self.corrective = {self.store[i]["id"] for i in self.held_out}, [], []
+        for i, clip in enumerate(self.store):
+            if clip["kind"] not in ("seed", "corrective"):
+                raise UserError(f"{self.store.index}:{i + 1}: a {clip['kind']} is not to be trained on; "
+                                "aggregate.py makes corrective clips of rollouts")
+            # a held-out clip is rolled out only if rollout.py was told to hold out fewer
+            if data.origin(clip) not in unseen:
+                (self.seed if clip["kind"] == "seed" else self.corrective).append(i)
         self.all = self.seed + self.corrective
         self.check()
 
@@ -218,9 +225,9 @@ class Clips:
         if cfg.mode == "full" and (self.corrective or cfg.seed_prefix or cfg.image_first):
             raise UserError("--mode full knows no prefix and no chunks: it is for seed clips alone, without "
                             "--seed-prefix and --image-first")
-        if (self.corrective or cfg.seed_prefix) and frames // CHUNK <= PREFIX:
-            raise UserError(f"{cfg.data} has clips of {frames // CHUNK} chunks; {PREFIX} of them would be "
-                            "prefix, and nothing left to learn")
+        if (self.corrective or cfg.seed_prefix) and cfg.prefix >= frames // CHUNK:
+            raise UserError(f"{cfg.data} has clips of {frames // CHUNK} chunks; a --prefix of {cfg.prefix} "
+                            "leaves nothing to learn")
         share = cfg.corrective_share
         lacks_seed = not self.seed and (share or 0) < 1
         if not self.all or (share and not self.corrective) or (share is not None and lacks_seed):
@@ -266,7 +273,7 @@ class Clips:
         return Batch(*stacked, sizes, list(ids))
 
     def sample(self, i: int, sizes, names, held_out: bool):
-        """x0, noise, t, mask, text, id of a clip."""
+        """x0, noise, t, mask, weight, text, id of a clip."""
         cfg, frames, g = self.cfg, sum(sizes), common.rng(self.cfg.seed, *names)
         noise = torch.randn(frames, *self.shape[1:], generator=g)
         steps = torch.randint(1000, (len(sizes),), generator=g)  # of a grid of 1000, a level for each chunk
@@ -279,13 +286,16 @@ class Clips:
             if not cfg.skip_bad:
                 raise UserError(f"{error}\nIt is clip {i + 1} of {self.store.index}; --skip-bad leaves such "
                                 "clips out") from None
-            return torch.zeros_like(noise), noise, t, mask * 0, self.null, "skipped"
+            return torch.zeros_like(noise), noise, t, mask * 0, mask * 0, self.null, "skipped"
         kind, text = clip["kind"], clip["text"].float()
         if kind == "corrective" or (lucky[0] < cfg.seed_prefix and not held_out):
-            t[:sum(sizes[:PREFIX])] = mask[:sum(sizes[:PREFIX])] = 0
+            t[:sum(sizes[:cfg.prefix])] = mask[:sum(sizes[:cfg.prefix])] = 0
         if lucky[1] < cfg.drop and cfg.drop_kind in ("both", kind) and not held_out:
             text = self.null
-        return clip["latents"][:frames].float(), noise, t, mask, text, clip["id"]
+        weight = mask / (frames if cfg.loss_mean == "latent" else mask.sum())
+        if cfg.loss_weight == "bell" and not held_out:
+            weight = weight * diffusion.bell_weight(t, cfg.shift)
+        return clip["latents"][:frames].float(), noise, t, mask, weight, text, clip["id"]
 
     def load(self, i: int) -> dict:
         clip = self.store.load(i)
@@ -316,13 +326,17 @@ CHANGEABLE = {"data", "init", "out", "wan", "steps", "micro", "log_every", "eval
 def complete(cfg: Config, ranks) -> Config:
     """Fills in what depends on the device and the data; refuses what cannot be."""
     gpu = ranks.device.type == "cuda"
-    wan = cfg.wan or data.Clips(cfg.data).meta().get("wan", "")
+    made_with = data.Clips(cfg.data).meta().get("wan", "")
+    cfg = dataclasses.replace(cfg, init=cfg.init or made_with,
+                              out=cfg.out or common.neighbour(cfg.data, "model", "out"))
+    wan = cfg.wan or made_with
     recompute, compile = (gpu if x is None else x for x in (cfg.recompute, cfg.compile))
     cfg = dataclasses.replace(cfg, wan=str(Path(wan).resolve()), recompute=recompute, compile=compile,
                               dtype=cfg.dtype or ("bfloat16" if gpu else "float32"))
-    for name in ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: 1 is the least")
+    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep")
+    for name in (*positive, "prefix", "held_out"):
+        if getattr(cfg, name) < (least := int(name in positive)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
     for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share is from 0 to 1")
@@ -347,6 +361,9 @@ def finished(cfg, clips, ranks) -> bool:
             "data": common.fingerprint(clips.store.index)}
     if ranks.rank == 0:
         common.claim(Path(cfg.out, "run.json"), own, command=sys.argv, torch=torch.__version__)
+        intact = {folder for _, folder in checkpoints(Path(cfg.out))}
+        for half in set(Path(cfg.out).glob("train/step-*")) - intact:  # written or removed by a killed run
+            shutil.rmtree(half)
     dist.barrier()
     done = Path(cfg.out, "config.json")
     return done.exists() and common.read_json(done).get("step") == cfg.steps
@@ -422,9 +439,7 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 def save(cfg, state, step: int, ranks):
     finish_save(cfg, state, ranks)
     folder = Path(cfg.out, "train", f"step-{step}")
-    if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left of it
-    dist.all_reduce(state.totals)  # also: nobody writes before that is gone
+    dist.all_reduce(state.totals)
     if ranks.device.type == "cuda":  # copies to the CPU, and writes while training goes on
         state.saving = dcp.async_save(contents(state), checkpoint_id=folder)
     else:
@@ -467,7 +482,7 @@ def export(cfg, state, ranks):
             weights[name] = full.cpu()
     if ranks.rank == 0:
         model.save(state.net, cfg.out, weights, wan=cfg.wan, mode=cfg.mode, image_first=cfg.image_first,
-                   step=cfg.steps)
+                   held_out=cfg.held_out, step=cfg.steps)
         print(f"trained: {cfg.out}", flush=True)
 
 
@@ -603,7 +618,7 @@ def held_out_loss(cfg, clips, state, ranks) -> float:
             place = k * ranks.world + ranks.rank
             i = clips.held_out[min(place, len(clips.held_out) - 1)]
             batch = clips.batch([(i, ("held out", place))], clips.sizes(None), held_out=True).to(ranks.device)
-            loss = clip_losses(errors(cfg, net, batch), batch.mask)
+            loss = clip_losses(errors(cfg, net, batch), batch.weight)
             sums += (place < len(clips.held_out)) * torch.stack([loss[0], batch.mask.max()])
     dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
@@ -666,7 +681,7 @@ def stop_if_broken(cfg, clips, state, ranks):
     for share in itertools.takewhile(lambda share: share[0] == step, shares(cfg, ranks, step)):
         batch = clips.micro_batch(share).to(ranks.device)
         with torch.no_grad():
-            finite = clip_losses(errors(cfg, state.net, batch), batch.mask).isfinite()
+            finite = clip_losses(errors(cfg, state.net, batch), batch.weight).isfinite()
         names += batch.ids
         found += [id for id, fine in zip(batch.ids, finite.tolist(), strict=True) if not fine]
     everyone = [None] * ranks.world

@@ -29,6 +29,7 @@ import rollout
 import t5
 import toy
 import vae as wan_vae
+from aggregate import TEMPLATE
 from common import UserError
 
 SCRIPT = Path(aggregate.__file__)
@@ -48,7 +49,7 @@ def alone(stage, **flags):
 
 def roll(root, k, **flags):
     alone(rollout, **dict(model=root / "model", data=root / f"agg_{k}", out=root / f"rollout_{k}", round=k,
-                          count=ROLLOUTS, steps=1, previews=0) | flags)
+                          count=ROLLOUTS, steps=1, previews=0, held_out=0) | flags)
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +245,16 @@ def test_two_rounds(first, work, tmp_path):
 
 
 @pytest.mark.parametrize("prompt,template,expected", [
-    ("A Disc moving LEFT.", "A reversed video of {}", "A reversed video of a Disc moving LEFT."),
-    ("X", "{}, in reverse", "x, in reverse"), ("{} and {x}", "Back: {} {!}", "Back: {} and {x} {!}"),
+    ("A Disc moving LEFT.", TEMPLATE, "A reversed video of a Disc moving LEFT."),
+    ("NASA's rocket rises", TEMPLATE, "A reversed video of NASA's rocket rises"),
+    ("3D letters turn", TEMPLATE, "A reversed video of 3D letters turn"),
+    ("I walk", TEMPLATE, "A reversed video of I walk"), ("I'm off", TEMPLATE, "A reversed video of I'm off"),
+    ("The video shows a cat.", TEMPLATE, "The reversed video shows a cat."),
+    ("A video of a cat", TEMPLATE, "A reversed video of a cat"),
+    ("In this video, a cat sleeps", TEMPLATE, "In this reversed video, a cat sleeps"),
+    ("The video camera stands still", TEMPLATE, "A reversed video of the video camera stands still"),
+    ("The video shows a cat.", "{}, in reverse", "the video shows a cat., in reverse"),
+    ("Paint", "{}, in reverse", "paint, in reverse"), ("{} and {x}", "Back: {} {!}", "Back: {} and {x} {!}"),
     ("\u00c9t\u00e9", "{}", "\u00e9t\u00e9"), ("a cat", "{} | {}", "a cat | a cat")])
 def test_rewriting(prompt, template, expected):
     assert aggregate.rewritten(prompt, template) == expected
@@ -357,14 +366,14 @@ def test_ranks_leave_no_trace(work, ranks):
 def test_torchrun_leaves_no_trace(work):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(SCRIPT),
-               "--data", "agg_0", "--rollouts", "rollout_0", "--out", "shared"]
+               "--rollouts", "rollout_0", "--out", "shared"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "3 rollouts; 2 to reverse on this rank, the first of 2" in done.stdout
     assert done.stdout.endswith("7 clips in shared: 4 seed, 3 corrective\n")
     made, alone = tree("shared"), tree(make())
     told, again = json.loads(alone.pop("meta.json")), json.loads(made.pop("meta.json"))
-    assert made == alone and again.pop("command")[1:3] == ["--data", "agg_0"]
+    assert made == alone and again.pop("command")[1:3] == ["--rollouts", "rollout_0"]
     assert again == {k: v for k, v in told.items() if k != "command"}
 
 
@@ -534,3 +543,11 @@ def test_pasting_from_another_folder(first, work):
     os.rename(f"videos/{source}.mp4", "videos/other.mp4")
     with pytest.raises(UserError, match=f"--paste-real videos has no video of clip {source}; give what prep"):
         make(paste_real="videos")
+
+
+def test_neighbours_are_found(work):
+    alone(aggregate, rollouts="rollout_0/")
+    assert tree("agg_1")["index.jsonl"] == tree(make(out="other"))["index.jsonl"]
+    shutil.copytree("rollout_0", "mine")
+    with pytest.raises(UserError, match="mine does not end in a round's number, .*; give --data DIR"):
+        alone(aggregate, rollouts="mine")

@@ -1,5 +1,6 @@
 """Flags, seeds and files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 import common
 
@@ -115,3 +117,49 @@ def test_file_modes_follow_the_umask(mask, mode, tmp_path):
     assert os.stat(tmp_path / "t.safetensors").st_mode & 0o777 == mode
     with safe_open(tmp_path / "t.safetensors", "pt") as f:
         assert f.metadata() == {"json": '{"note": "\u00e9"}'} and f.get_tensor("x").shape == (3, 2)
+
+
+def test_flags_on_the_command_line_are_known():
+    assert set(parse("a", "--out", "o").given) == {"videos", "out"}
+    given = parse("a", "--out", "o", "--lr", "4e-6", "--compile").given
+    assert set(given) == {"videos", "out", "lr", "compile"}, "two of them at their defaults"
+
+
+def test_tensors_are_written_as_the_library_writes_them(tmp_path):
+    """Byte for byte, names and shapes of all sorts."""
+    g = common.rng("tensors")
+    tensors = {"b.x": torch.randn(3, 4, generator=g), "a": torch.randn(5, generator=g).half(),
+               "\u00e9": torch.arange(3), "scalar": torch.randn((), generator=g).double(),
+               "empty": torch.zeros(0, 3),
+               "c": torch.randn(2, 2, generator=g).bfloat16(), "bytes": torch.arange(7, dtype=torch.uint8),
+               "turned": torch.randn(4, 3, generator=g).T, "z": torch.randn(3, generator=g).half()}
+    words = {"prompt": 'a "q" \u00e9\n\x01', "n": 1}
+    common.save_tensors(tmp_path / "t", tensors, **words)
+    theirs = save({k: v.contiguous() for k, v in tensors.items()},
+                  {"json": json.dumps(words, ensure_ascii=False)})
+    assert (tmp_path / "t").read_bytes() == theirs
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    names = [".a.txt.12.tmp", "sub/.clip.safetensors.4321.tmp", ".mine.tmp", "x.12.tmp", "a.txt"]
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("half")
+    common.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".mine.tmp", "a.txt", "x.12.tmp"]
+
+
+def test_a_batch_is_made_as_a_whole_or_not_at_all():
+    batches = common.batched(list(range(11)), 3)
+    assert batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+    for missing in ({4}, {0, 10}, set(range(11)), set()):
+        shares = [common.my_share(batches, common.Ranks(rank, 2, None), lambda i, m=missing: i not in m)
+                  for rank in range(2)]
+        assert shares == [[b for b in batches[rank::2] if missing & set(b)] for rank in range(2)]
+
+
+def test_neighbours():
+    assert common.neighbour("run/agg_1", "model", "out") == "run/model_1"
+    assert common.neighbour("rollout_9/", "agg", "out", later=1) == "agg_10"
+    with pytest.raises(common.UserError, match="run/data does not end in .*; give --out DIR"):
+        common.neighbour("run/data", "model", "out")

@@ -198,10 +198,11 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(net):
     for kwargs in ({}, {"history": 1.2}, {"guidance": 1}, {"solver": "unipc", "context_noise": 0.2}):
         together = run(net, text=text, ids=["a", "b", "c"], **kwargs)
         turned = run(net, text=text[::-1], ids=["c", "b", "a"], **kwargs)
-        assert torch.equal(turned.flip(0), together)
+        assert relative(turned.flip(0), together) < 1e-5, "rounding may depend on what shares a batch"
         for i, name in enumerate("abc"):
             alone = run(net, text=text[i:i + 1], ids=[name], **kwargs)
-            assert torch.equal(alone, together[i:i + 1])
+            assert relative(alone, together[i:i + 1]) < 1e-5
+        assert torch.equal(run(net, text=text, ids=["a", "b", "c"], **kwargs), together)
     assert not torch.equal(run(net, text=text, seed=1), run(net, text=text, seed=2))
 
 

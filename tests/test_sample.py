@@ -99,6 +99,11 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def alike(a: dict, b: dict) -> bool:
+    """Made in other batches: rounded otherwise, which may move a pixel by a level, and h264's choices."""
+    return a.keys() == b.keys() and all((a[name].float() - b[name].float()).abs().mean() < 1 for name in a)
+
+
 @pytest.fixture
 def spy(monkeypatch):
     """What every call of generate was given and made, and the pieces handed to each file."""
@@ -263,25 +268,28 @@ def test_a_video_is_the_same_in_any_batch_and_on_any_rank(make, models, spy):
     assert list(alone) == ["0000-a-red-disc-moves-left-seed0", "0000-a-red-disc-moves-left-seed1",
                            "0001-a-blue-ring-seed0", "0001-a-blue-ring-seed1", "last-seed4", "last-seed5"]
     assert [len(film) for film in alone.values()] == [33, 33, 33, 33, 21, 21]
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(alone.values(), 2))
+    assert not any(alike({"": a[:21]}, {"": b[:21]}) for a, b in itertools.combinations(alone.values(), 2))
     latents = torch.cat([call["latents"] for call in calls[:4]])
     calls.clear()
-    assert same(make(**flags, batch=3, out="three"), alone)
+    assert alike(make(**flags, batch=3, out="three"), alone)
     assert [len(call["ids"]) for call in calls] == [3, 1, 2]
-    assert torch.equal(torch.cat([call["latents"] for call in calls[:2]]), latents)
+    again = torch.cat([call["latents"] for call in calls[:2]])
+    assert (again - latents).norm() < 1e-5 * latents.norm()
+    pairs = make(**flags, batch=2, out="pairs")
     done = call("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
                 "--rdzv-endpoint", "localhost:0", SCRIPT, "--model", models / "model", "--batch", 2,
                 "--steps", 1, "--window", 6, "--keep", 3, "--preset", "ultrafast", "--prompts", "p.jsonl",
                 "--samples", 2, "--seconds", 1.5, "--out", "ranks")
     assert done.returncode == 0, done.stderr
-    assert same(films("ranks"), alone) and "6 videos of 32x32; 3 to make on this rank" in done.stdout
+    assert alike(films("ranks"), alone) and "6 videos of 32x32; 4 to make on this rank" in done.stdout
+    assert same(films("ranks"), pairs), "the same batches, wherever they are made"
 
 
 def test_only_equal_schedules_share_a_batch(make, spy):
     prompts = write_prompts("a disc | 2.9: it stops", "a disc | 2: a ring", "a | 2.9: b")
     made = make(prompts=prompts, seconds=4, batch=3)
     assert [[id for _, id in call["ids"]] for call in spy[0]] == [[0, 2], [1]]
-    assert same(make(prompts=prompts, seconds=4, out="alone"), made)
+    assert alike(make(prompts=prompts, seconds=4, out="alone"), made)
 
 
 def call(*argv):
@@ -300,6 +308,11 @@ def test_a_restart_makes_what_is_missing(make, spy, capsys):
     assert "2 videos of 32x32; 1 to make" in capsys.readouterr().out and len(spy[0]) == 3
     make(**flags)
     assert len(spy[0]) == 3
+    together = make(**flags, batch=2, out="two")
+    Path("two", lost.name).unlink()
+    stamp = Path("two", kept.name).stat().st_mtime_ns
+    assert same(make(**flags, batch=2, out="two"), together), "the whole batch again, for its rounding"
+    assert len(spy[0][-1]["ids"]) == 2 and Path("two", kept.name).stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="0000-a-red-disc.mp4 was made with steps = 1, not 2; choose another"):
         make(**flags | {"steps": 2})
 
@@ -313,6 +326,7 @@ def test_tags_and_like(make, models, capsys):
     expected = {"prompt": "a red disc | a blue ring", "prompts": ["a red disc", "a blue ring"],
                 "times": [0, 2.5], "seed": 3, "id": 0, "name": "0000-a-red-disc-a-blue-ring",
                 "model": str(models / "model"), "wan": str(models / "wan"), "size": "32x32", "fps": 16,
+                "context": 6,
                 "seconds": 4, "frames": 69, "steps": 1, "guidance": 3, "shift": 8, "solver": "unipc",
                 "negative": "", "context_noise": 0, "history_guidance": 0,
                 "history_level": 0.8, "window": 9, "keep": 6,
@@ -334,6 +348,15 @@ def test_tags_and_like(make, models, capsys):
     model.save(net, "other", wan=str(models / "wan"))
     make(like=like, out="c", model="other")
     assert "other is not the model that made videos/0000-a-red-disc" in capsys.readouterr().out
+
+
+def test_like_heeds_flags_given_at_their_defaults(make):
+    make(prompt="a red disc", guidance=3.0)
+    like = "videos/0000-a-red-disc.mp4"
+    for given, kept in ((["--guidance", "6"], 6.0), ([], 3.0)):
+        cfg = common.parse_args(sample.Config, "", ["--like", like, *given])
+        cfg = sample.complete(cfg, sample.read_recipe(like), common.Ranks(0, 1, torch.device("cpu")))
+        assert (cfg.guidance, cfg.steps) == (kept, 1)
 
 
 def test_like_keeps_the_place_of_a_prompt(make):

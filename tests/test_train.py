@@ -150,7 +150,7 @@ def test_the_loss_by_hand(world):
     clips = Clips(config(world, data="agg_1", drop=0.0))
     net = model.load(world / "init")
     batch = clips.batch([(0, ("a", 0)), (14, ("a", 1))], clips.sizes(0))
-    loss = clip_losses(errors(clips.cfg, net, batch), batch.mask)
+    loss = clip_losses(errors(clips.cfg, net, batch), batch.weight)
     grid = torch.tensor([1000 * 8 * s / (1 + 7 * s) for s in (1 - i / 1000 for i in range(1000))])
     for row, kind in enumerate(("seed", "corrective")):
         x0, noise, t = batch.x0[row], batch.noise[row], batch.t[row]
@@ -170,12 +170,12 @@ def test_a_prefix_bears_no_loss_but_gradient_reaches_it(world):
     clips, net = Clips(config(world, data="agg_1")), model.load(world / "init")
     batch = clips.batch([(15, ("a", 0))], clips.sizes(0))
     x0 = batch.x0.clone().requires_grad_()
-    loss = clip_losses(errors(clips.cfg, net, batch._replace(x0=x0)), batch.mask)
+    loss = clip_losses(errors(clips.cfg, net, batch._replace(x0=x0)), batch.weight)
     loss.sum().backward()
     assert x0.grad[0, :12].abs().amax((1, 2, 3)).min() > 0, "keys and values of every prefix frame"
     other = batch.noise.clone()
     other[:, :12] += 1  # neither an input nor a target
-    again = clip_losses(errors(clips.cfg, net, batch._replace(noise=other)), batch.mask)
+    again = clip_losses(errors(clips.cfg, net, batch._replace(noise=other)), batch.weight)
     assert torch.equal(loss.detach(), again.detach())
 
 
@@ -261,7 +261,7 @@ def test_all_rounds_hold_out_the_same_clips(world):
     assert first.held_out == second.held_out and len(first.held_out) == 4
     assert sorted(first.held_out + first.seed) == list(range(12)) and second.corrective == list(range(12, 18))
     a, b = (c.batch([(c.held_out[0], ("held out", 0))], c.sizes(None), True) for c in (first, second))
-    assert all(torch.equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(a[:7], b[:7], strict=True))
     never = Clips(config(world, held_out=4, drop=1.0, seed_prefix=1.0))
     c = never.batch([(never.held_out[0], ("held out", 0))], never.sizes(None), True)
     assert torch.equal(c.text, a.text) and torch.equal(c.mask, a.mask), "no dropout, no prefix"
@@ -378,7 +378,7 @@ def test_the_held_out_loss_is_that_of_the_exported_weights(world, reference):
     for place, i in enumerate(clips.held_out):
         batch = clips.batch([(i, ("held out", place))], clips.sizes(None), held_out=True)
         with torch.no_grad():
-            losses.append(clip_losses(errors(cfg, net, batch), batch.mask).item())
+            losses.append(clip_losses(errors(cfg, net, batch), batch.weight).item())
     assert lines(reference)[-1]["held_out"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -494,7 +494,8 @@ def test_a_run_is_another_if_its_data_or_flags_are(world, tmp_path):
     (dict(corrective_share=0.5), "0 corrective clips to train on"), (dict(held_out=12), "12 held out: too"),
     (dict(data="agg_1", mode="full"), "seed clips alone"), (dict(mode="full", image_first=1.0), "alone"),
     (dict(preview_every=5), "Previews need a VAE"), (dict(init="nowhere"), "nowhere"),
-    (dict(data="short", seed_prefix=0.1), "nothing left to learn"), (dict(data="ragged"), "no multiple of 3"),
+    (dict(data="short", seed_prefix=0.1), "--prefix of 4 leaves nothing to learn"),
+    (dict(prefix=-1), "--prefix -1: 0 is the least"), (dict(data="ragged"), "no multiple of 3"),
     (dict(data="wide"), "takes 4, and"), (dict(data="words"), "text of width 32"),
     (dict(data="bare"), "empty.safetensors is missing"), (dict(data="rolled"), "a rollout is not"),
     (dict(data="nothing"), "not a clip store"),
@@ -533,3 +534,74 @@ def test_batches_that_cannot_be_shared(world, tmp_path):
     done = subprocess.run(command(config(world, tmp_path / "out", batch=5), 2), env=ENV, capture_output=True,
                           text=True)
     assert done.returncode and "--batch 5 cannot be shared by 2 processes; use 4 or 6" in done.stderr
+
+
+def test_other_means_and_weights_of_the_loss(world):
+    flags = dict(data="agg_1", drop=0.0)
+    chosen = [(0, ("a", 0)), (14, ("a", 1))]
+    net = model.load(world / "init")
+    plain = Clips(config(world, **flags)).batch(chosen, (3,) * 5)
+    error = errors(config(world), net, plain)
+    by_latent = Clips(config(world, loss_mean="latent", **flags)).batch(chosen, (3,) * 5)
+    loss, expected = clip_losses(error, by_latent.weight), clip_losses(error, plain.weight)
+    torch.testing.assert_close(loss, expected * torch.tensor([1, 3 / 15]))
+    bell = Clips(config(world, loss_weight="bell", **flags)).batch(chosen, (3,) * 5)
+    grid = torch.tensor([1000 * 8 * s / (1 + 7 * s) for s in (1 - i / 1000 for i in range(1000))])
+    shape = (-2 * ((grid - 500) / 1000)**2).exp()
+    mean = (shape - shape.min()).mean()
+    by_hand = ((-2 * ((plain.t - 500) / 1000)**2).exp() - shape.min()) / mean
+    torch.testing.assert_close(bell.weight, plain.weight * by_hand, rtol=1e-4, atol=1e-6)
+    noisiest, middle = diffusion.bell_weight(torch.tensor([1000.0, 500.0]), 8.0)
+    assert noisiest == 0 and middle > 2
+    assert diffusion.bell_weight(grid, 8.0).mean().item() == pytest.approx(1)
+    held = Clips(config(world, loss_mean="latent", loss_weight="bell", **flags))
+    batch = held.batch([(held.held_out[0], ("held out", 0))], (3,) * 5, held_out=True)
+    assert (batch.weight == 1 / 15).all(), "the held-out loss compares runs, whatever they train with"
+
+
+def test_a_prefix_of_another_length(world):
+    clips = Clips(config(world, data="agg_1", prefix=2))
+    batch = clips.batch([(14, ("a", 0))], clips.sizes(0))
+    assert batch.mask[0].tolist() == [0] * 6 + [1] * 9 and (batch.t[0, :6] == 0).all() and batch.t[0, 6] > 0
+
+
+def test_corrective_clips_of_held_out_ones_are_left_out(world, tmp_path):
+    shutil.copytree(world / "agg_1", tmp_path / "agg_1")
+    entries = list(data.Clips(tmp_path / "agg_1"))
+    for place, entry in enumerate(entries[12:]):
+        entry["id"] = f"c{2 * place}-round0-reversed"
+    data.write_index(tmp_path / "agg_1", entries)
+    for count in (0, 3, 6):
+        clips = Clips(config(world, data=str(tmp_path / "agg_1"), held_out=count))
+        unseen = {f"c{i}" for i in clips.held_out}
+        assert len(unseen) == count
+        assert [clips.store[i]["id"] for i in clips.corrective] == [
+            f"c{2 * k}-round0-reversed" for k in range(6) if f"c{2 * k}" not in unseen]
+    assert len(clips.corrective) < 6, "the test must leave some out"
+
+
+def test_it_works_as_typed(world, tmp_path):
+    """--out and --init follow from --data: the Wan directory that the clips came from, and model_k beside."""
+    shutil.copytree(world / "agg_0", tmp_path / "agg_3")
+    shutil.copytree(world / "init", tmp_path / "wan")
+    meta = json.loads((tmp_path / "agg_3/meta.json").read_text())
+    (tmp_path / "agg_3/meta.json").write_text(json.dumps(meta | {"wan": str(tmp_path / "wan")}))
+    flags = "--steps 1 --batch 2 --held-out 0 --preview-every 0 --device cpu".split()
+    done = subprocess.run([sys.executable, str(SCRIPT), "--data", "agg_3/", *flags], cwd=tmp_path, env=ENV,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "model_3/config.json").read_text())
+    assert (made["step"], made["held_out"], made["wan"]) == (1, 0, str(tmp_path / "wan"))
+
+
+def test_leftovers_of_killed_runs_are_swept(world, tmp_path, reference):
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    (out / "config.json").unlink()
+    for name in (".config.json.123.tmp", "preview/.step-000002-0.mp4.77.tmp", "train/step-3/__0_0.distcp"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("half")
+    (out / ".mine.tmp").write_text("not ours")
+    run(full_config(world, out))
+    left = {p.relative_to(out).as_posix() for p in out.rglob("*") if ".tmp" in p.name or p.name == "step-3"}
+    assert left == {".mine.tmp"} and (out / "config.json").exists()
