@@ -53,10 +53,12 @@ class Config:
     allow_skips: bool = False  # exit with 0 although videos were skipped
     model: tuple[str, ...] = ()  # models to probe for exposure bias; needs --data
     data: str | None = None  # agg_k, for the probes
-    clips: int = 16  # how many of its real clips the probes use
+    # seed clips that training held out, for the probes (default: as many as the model was trained without)
+    held_out: int | None = None
+    clips: int = 16  # how many of them the probes take at most
     wan: str | None = None  # Wan directory, for the probes' VAE (default: what --data was made with)
     steps: int = 20  # of the solver, in the probes
-    guidance: float = 6.0  # in the probes
+    guidance: float = 6.0  # in the probe of recovery; the other is about the model without guidance
     shift: float = 8.0  # in the probes
     device: str | None = None  # cuda or cpu (default: a GPU if there is one)
 
@@ -75,11 +77,17 @@ DEFINITIONS = {
     "frame_quality": "mean of aesthetic quality x100 and imaging quality (the paper's Table 2)",
     "frechet": "Frechet distance to real frames, by fifths of the time, all videos of a method together, "
                "on the features of a fixed random convolutional network",
-    "sem": "standard error of the mean over videos; what is in parentheses",
-    "paired": "mean difference between files of one name, or of one prompt and seed, and the 95 % interval "
-              "of 2000 bootstrap resamples of the pairs",
-    "loss_gap": "loss on the real chunk 4 behind the model's own chunks 1-3 minus behind the real ones, at "
-                "the same noise",
+    "mean": "over prompts, each prompt's videos averaged first; those that continue another video, or "
+            "another image, count as of another prompt",
+    "sem": "standard error of that mean, of the probes' over clips; what is in parentheses",
+    "paired": "mean difference between files of one name, or of one prompt and seed, over prompts as above, "
+              "and its 95 % interval by Student's t: the interval is [mean, low, high]",
+    "own_minus_real": "loss on the model's own chunk behind its own ones minus loss on the real chunk behind "
+                      "real ones, at the same noise, without guidance, by UniPC. Where its videos are "
+                      "distributed as real ones and --steps are enough it is 0, though 0 does not prove that "
+                      "they are. Negative: its own are easier for it (simpler, or real ones are strange to "
+                      "it); positive: harder (wilder). Of the first chunk behind a real one, which shows "
+                      "misfit, and of the last, which shows drift too",
     "recovery": "a real context of 4 chunks is spoilt in pixels, then continued: chunks until the latents' "
                 "mean and std, saturation and detail are all within 5..95 % of the data's",
 }
@@ -91,6 +99,8 @@ def main(cfg: Config):
         raise UserError("--model and --data go together; --stride, --batch and --clips are at least 1")
     folders, out = name_methods(cfg.videos), Path(cfg.out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        common.sweep(out)  # nobody writes before all have met in find_videos
     clips, skipped = find_videos(folders, cfg.toy, ranks)
     require(clips, skipped)
     print0(f"{len(clips)} videos in {', '.join(folders)}; {len(skipped)} skipped")
@@ -128,6 +138,7 @@ class Clip(NamedTuple):
     height: int
     frames: int
     prompt: str
+    begin: str | None  # the video or image that it continues
     seed: int | None
     key: str  # of its bytes
 
@@ -175,7 +186,8 @@ def find_videos(folders: dict[str, Path], is_toy: bool, ranks, alike=True):
                             f"{toy.SIZE}x{toy.SIZE}")
         prompt = str(tags.get("prompt") or text or path.stem).strip()
         return Clip(method, path.relative_to(folders[method]).as_posix(), path, video.fps, video.width,
-                    video.height, video.frames, prompt, tags.get("seed"), common.fingerprint(path))
+                    video.height, video.frames, prompt, tags.get("extend") or tags.get("image"),
+                    tags.get("seed"), common.fingerprint(path))
 
     found = []
     for place, row in list(enumerate(listed))[ranks.rank::ranks.world]:
@@ -302,6 +314,20 @@ def sem(values) -> float:
     return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else math.nan
 
 
+def prompt_of(video: dict) -> tuple:
+    return video["prompt"], video["begin"]
+
+
+def by_prompt(column: list[tuple]) -> np.ndarray:
+    """[(prompt, value)] -> a mean for each prompt that has one. Videos of one prompt resemble each other, so
+    that only prompts are independent of each other."""
+    groups = defaultdict(list)
+    for prompt, value in column:
+        groups[prompt].append(value)
+    means = np.array([mean(group) for group in groups.values()])
+    return means[~np.isnan(means)]
+
+
 def summaries(value: np.ndarray, total: float | None = None) -> dict[str, float]:
     """DEFINITIONS of one video's curve."""
     n20, n15 = max(1, int(0.2 * len(value))), max(1, int(0.15 * len(value)))
@@ -329,9 +355,9 @@ def summarise(cfg: Config, clips: list[Clip], real: list[Clip], shape) -> dict:
     videos, features, names = [], defaultdict(lambda: [[] for _ in range(5)]), wanted(cfg, clips)
     for clip in clips:
         curves, totals, frechet = read_curves(cfg, clip, names)
-        videos.append({"method": clip.method, "name": clip.name, "prompt": clip.prompt, "seed": clip.seed,
-                       "frames": clip.frames, "fps": float(clip.fps), "size": f"{clip.width}x{clip.height}",
-                       "curves": curves,
+        videos.append({"method": clip.method, "name": clip.name, "prompt": clip.prompt, "begin": clip.begin,
+                       "seed": clip.seed, "frames": clip.frames, "fps": float(clip.fps),
+                       "size": f"{clip.width}x{clip.height}", "curves": curves,
                        "metrics": {name: summaries(c[1], totals.get(name)) for name, c in curves.items()}})
         if cfg.real:
             for window, rows in zip(features[clip.method], frechet.tensor_split(5), strict=True):
@@ -366,8 +392,9 @@ def over_videos(videos: list[dict], statistic) -> dict:
     for video in videos:
         for name, row in video["metrics"].items():
             for what, value in row.items():
-                columns[name][what].append(value)
-    return {name: {what: statistic(v) for what, v in column.items()} for name, column in columns.items()}
+                columns[name][what].append((prompt_of(video), value))
+    return {name: {what: statistic(by_prompt(v)) for what, v in column.items()}
+            for name, column in columns.items()}
 
 
 def merge_vbench(file: str, clips: list[Clip], videos: list[dict]):
@@ -399,42 +426,48 @@ def merge_vbench(file: str, clips: list[Clip], videos: list[dict]):
 
 def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
     """How method b differs from a on the videos that both made."""
-    both = [(a["metrics"], b["metrics"]) for a, b in report.partners(rows_a, rows_b)]
+    both = report.partners(rows_a, rows_b)
     gaps = defaultdict(lambda: defaultdict(list))
-    for a, b in both:
+    for video, other in both:
+        a, b = video["metrics"], other["metrics"]
         for name in a.keys() & b.keys():
             for what in a[name].keys() & b[name].keys():
-                gaps[name][what].append(b[name][what] - a[name][what])
-    gaps = {name: {what: bootstrap(np.array(column[what])) for what in DEFINITIONS if what in column}
+                gaps[name][what].append((prompt_of(video), b[name][what] - a[name][what]))
+    gaps = {name: {what: interval(by_prompt(column[what])) for what in DEFINITIONS if what in column}
             for name, column in sorted(gaps.items())}
-    return {"a": rows_a[0]["method"], "b": rows_b[0]["method"], "pairs": len(both), "b_minus_a": gaps}
+    return {"a": rows_a[0]["method"], "b": rows_b[0]["method"], "pairs": len(both),
+            "prompts": len({prompt_of(video) for video, _ in both}), "b_minus_a": gaps}
 
 
-def bootstrap(gap: np.ndarray) -> list[float] | None:
-    """[mean, low, high]: the 95 % interval of the mean."""
-    gap = gap[~np.isnan(gap)]
+def interval(gap: np.ndarray) -> dict | None:
+    """The mean of independent differences and its 95 % interval."""
     if len(gap) < 2:
         return None
-    return [float(gap.mean()), *np.quantile(gap[resamples(len(gap))].mean(1), (0.025, 0.975)).tolist()]
+    middle, reach = mean(gap), t_quantile(len(gap) - 1) * sem(gap)
+    return {"interval": [middle, middle - reach, middle + reach], "prompts": len(gap)}
 
 
 @functools.cache
-def resamples(n: int) -> np.ndarray:
-    return np.random.default_rng(common.seed_of("bootstrap")).integers(0, n, (2000, n))
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % point of Student's t; if t is freedom**0.5 tan(u), u's density is cos(u)**(freedom - 1)."""
+    u = np.linspace(0, math.pi / 2, 100_001)
+    share = np.cumsum(np.cos((u[1:] + u[:-1]) / 2)**(freedom - 1))
+    return freedom**0.5 * math.tan(np.interp(0.95 * share[-1], share, u[1:]))
 
 
 def binned(rows: list[dict]) -> dict[str, np.ndarray]:
-    """{metric: [3, bins]}: seconds, mean over videos, its standard error; bins of 2 s, but at least 10."""
+    """{metric: [3, bins]}: seconds, mean over prompts, its standard error; bins of 2 s, but at least 10."""
     seconds = max(row["frames"] / row["fps"] for row in rows)
     count = max(10, round(seconds / 2))
-    edges, bins = np.linspace(0, seconds, count + 1)[1:-1], defaultdict(list)
+    edges, bins = np.linspace(0, seconds, count + 1)[1:-1], defaultdict(lambda: [[] for _ in range(count)])
     for row in rows:
         for name, (frame, value) in row["curves"].items():
             place = np.digitize(frame / row["fps"], edges)
-            bins[name].append([mean(value[place == i]) for i in range(count)])
+            for i, column in enumerate(bins[name]):
+                column.append((prompt_of(row), mean(value[place == i])))
     middle = (np.arange(count) + 0.5) * seconds / count
-    return {name: np.array([middle, *([f(column) for column in np.array(videos).T] for f in (mean, sem))])
-            for name, videos in bins.items()}
+    return {name: np.array([middle, *([f(by_prompt(column)) for column in columns] for f in (mean, sem))])
+            for name, columns in bins.items()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -466,24 +499,34 @@ STATISTICS = ("mean", "std", "saturation", "detail")
 def probe_once(cfg: Config, path: str, ranks) -> dict:
     """probe_model's results, which are kept beside the scores."""
     store = data.Clips(cfg.data)
+    chosen = unseen_clips(cfg, path, store)
     what = (VERSION, common.fingerprint(*model.find_weights(path)), common.fingerprint(store.index),
-            store.meta(), cfg.wan, cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
+            store.meta(), cfg.wan, chosen, cfg.steps, cfg.guidance, cfg.shift)
     file = Path(cfg.out, "scores", f"probes-{common.seed_of(*what):x}.json")
     dist.barrier()
     if not file.exists():
-        found = probe_model(cfg, path, ranks)
+        found = probe_model(cfg, path, store, chosen, ranks)
         if ranks.rank == 0:
             common.write_text(file, json.dumps(found) + "\n")
     dist.barrier()
     return common.read_json(file)
 
 
-def probe_model(cfg: Config, path: str, ranks) -> dict:
-    """How much worse the model is behind its own chunks, and how soon it gets over a spoilt context."""
-    store = data.Clips(cfg.data)
-    chosen = [i for i, sort in enumerate(store.kinds) if sort == "seed"][:cfg.clips]
-    if not chosen or store.meta()["latents"][0] < CONTEXT + CHUNK:
-        raise UserError(f"{cfg.data}: the probes need seed clips of at least {CONTEXT + CHUNK} latent frames")
+def unseen_clips(cfg: Config, path: str, store: data.Clips) -> list[int]:
+    """Places of the seed clips to probe with: those it was trained on would flatter the model."""
+    trained = model.settings(path).get("held_out", data.HELD_OUT)
+    count = trained if cfg.held_out is None else cfg.held_out
+    chosen = data.held_out(store, count)[:cfg.clips]
+    if not chosen:
+        raise UserError(f"{cfg.data}: the probes need seed clips that {path} was not trained on, and none "
+                        "are held out; train with --held-out, or give --data of other videos and --held-out")
+    if store.meta()["latents"][0] < CONTEXT + CHUNK:
+        raise UserError(f"{cfg.data}: the probes need clips of at least {CONTEXT + CHUNK} latent frames")
+    return chosen
+
+
+def probe_model(cfg: Config, path: str, store: data.Clips, chosen: list[int], ranks) -> dict:
+    """How unlike real videos the model's own are, by its loss, and how soon it gets over a spoilt context."""
     coder = vae.load(cfg.wan or store.meta()["wan"], ranks.device)
     net = model.load(path, ranks.device)
     null = data.read_text_embedding(Path(cfg.data, "empty.safetensors")).float().to(ranks.device)
@@ -493,15 +536,17 @@ def probe_model(cfg: Config, path: str, ranks) -> dict:
             clip = store.load(i)
             x, text = (clip[k].float().to(ranks.device)[None] for k in ("latents", "text"))
             own = (net, x, text, null, clip["id"], cfg)
-            results.append((i, loss_gap(*own), *recovery(coder, *own)))
+            results.append((i, own_minus_real(*own), *recovery(coder, *own)))
             bar.update()
     _, gaps, real, spoilt = zip(*sorted(gathered(results, ranks)), strict=True)
-    gaps, spoilt = np.array(gaps), np.array(spoilt)  # [clips, levels], [clips, kinds, chunks, statistics]
+    spoilt = np.array(spoilt)  # [clips, kinds, chunks, statistics]
     low, high = np.quantile(np.concatenate(real), (0.05, 0.95), axis=0)
     back = ((spoilt >= low) & (spoilt <= high)).all(-1)  # [clips, kinds, chunks]
     took = np.where(back.any(-1), back.argmax(-1) + 1, AHEAD + 1)
-    return {"clips": len(gaps), "levels": LEVELS, "loss_gap": gaps.mean(0).tolist(),
-            "loss_gap_sem": [sem(column) for column in gaps.T],
+    by_chunk = zip(("first", "last"), np.array(gaps).transpose(1, 2, 0), strict=True)  # [levels, clips] each
+    return {"clips": len(gaps), "levels": LEVELS,
+            "own_minus_real": {chunk: {"mean": [*map(mean, rows)], "sem": [*map(sem, rows)]}
+                               for chunk, rows in by_chunk},
             "range": dict(zip(STATISTICS, np.stack([low, high], 1).tolist(), strict=True)),
             "recovery": {name: {"chunks": float(took[:, k].mean()), "sem": sem(took[:, k]),
                                 "within": back[:, k].mean(0).tolist()} for k, name in enumerate(SPOILT)}}
@@ -513,21 +558,25 @@ def sampling(cfg: Config, x) -> dict:
 
 
 @torch.no_grad()
-def loss_gap(net, x, text, null, id: str, cfg: Config) -> list[float]:
-    """At each level, the loss of x's chunk 4, behind own chunks 1-3 minus behind the real ones."""
-    own = diffusion.generate(net, [text[0]], null, ids=[id], context=x[:, :CHUNK], frames=CONTEXT,
-                             **sampling(cfg, x))
-    target = x[:, CONTEXT:CONTEXT + CHUNK]
-    noise = torch.randn(target.shape, generator=common.rng("gap", id)).to(x.device)
+def own_minus_real(net, x, text, null, id: str, cfg: Config) -> list[list[float]]:
+    """Loss on the model's own continuation of x's first chunk minus loss on x itself, of the first and the
+    last chunk after it, at LEVELS. Each is seen behind what truly came before it: if own videos are
+    distributed as real ones, so are the losses. Guidance or a coarse solver would change the former."""
+    x = x[:, :7 * CHUNK]  # what fits into one window
+    own = diffusion.generate(net, [text[0]], null, ids=[id], context=x[:, :CHUNK], frames=x.shape[1],
+                             **sampling(cfg, x) | {"guidance": 1.0, "solver": "unipc"})
+    both = torch.cat([own, x])
+    noise = torch.randn(x.shape, generator=common.rng("gap", id)).to(x.device)
     gaps = []
-    for level in LEVELS:
-        t = torch.full((2, CONTEXT + CHUNK), float(level), device=x.device)
-        t[:, :CONTEXT] = 0
-        noisy = diffusion.add_noise(target, noise, t[:1, CONTEXT:])
-        inputs = torch.cat([torch.cat([context, noisy], 1) for context in (own, x[:, :CONTEXT])])
-        v = net(inputs, t, text.expand(2, -1, -1), chunk=CHUNK)[:, CONTEXT:]
-        own_loss, real_loss = (v - diffusion.velocity(target, noise)).square().mean((1, 2, 3, 4)).tolist()
-        gaps.append(own_loss - real_loss)
+    for end in (2 * CHUNK, x.shape[1]):
+        videos, t, gap = both[:, :end], torch.zeros(2, end, device=x.device), []
+        for level in LEVELS:
+            t[:, -CHUNK:] = level
+            v = net(diffusion.add_noise(videos, noise[:, :end], t), t, text.expand(2, -1, -1), chunk=CHUNK)
+            off = (v - diffusion.velocity(videos, noise[:, :end]))[:, -CHUNK:]
+            own_loss, real_loss = off.square().mean((1, 2, 3, 4)).tolist()
+            gap.append(own_loss - real_loss)
+        gaps.append(gap)
     return gaps
 
 

@@ -69,6 +69,10 @@ class Table(NamedTuple):
     note: str
     heads: list[str]
     rows: list[list[str]]  # the best of a column in **
+    lack: str = "no video has a value for it"  # what is said in place of a table of dashes
+
+    def is_blank(self) -> bool:
+        return all(cell == "-" for row in self.rows for cell in row[1:])
 
 
 def tables(report: dict) -> list[Table]:
@@ -97,15 +101,16 @@ def tables(report: dict) -> list[Table]:
             ("- -> " if math.isnan(row["first"]) else f"{row['first'] * (off or 100):.0f} -> ")
             + with_error(row["last"] * (off or 100), error["last"] * (off or 100), ".0f", ".0f")))
 
-    def table(title, note, columns):
+    def table(title, note, columns, **lack):
         rows = zip(methods, *columns.values(), strict=True)
-        return Table(title, note, ["Method", *columns], list(map(list, rows)))
+        return Table(title, note, ["Method", *columns], list(map(list, rows)), **lack)
 
     heads = ("Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging")
-    found = [table("Quality and drift", "Global metrics: higher is better. Drifting metrics d, first 20 % "
-                   "minus average: lower is better. x100, as in the paper's Table 1; (standard error).",
+    found = [table("Quality and drift (the paper's Table 1)", "Global metrics: higher is better. Drifting "
+                   "metrics d, first 20 % minus average: lower is better. x100; (standard error).",
                    dict(zip(heads, map(points, metrics.DIMENSIONS), strict=True))
-                   | {f"d {name}": points(f"{name.lower()}_quality", "drift") for name in heads[4:]})]
+                   | {f"d {name}": points(f"{name.lower()}_quality", "drift") for name in heads[4:]},
+                   lack="needs VBench's weight files; see missing in summary.json, or --weights DIR")]
     if any(name in row for name in metrics.QUALITIES for row in report["mean"].values()):
         found.append(table("Motion and frame quality", "The paper's Table 2; higher is better.", {
             "Motion quality": points("motion_quality"), "Frame quality": points("frame_quality")}))
@@ -137,21 +142,30 @@ def with_error(value: float, error: float, digits=".2f", error_digits=".2f", uni
 def paired_table(comparisons: list[dict], shown) -> Table:
     rows = []
     for head, name, what in shown:
-        gaps, scale = [c["b_minus_a"].get(name, {}).get(what) for c in comparisons], 1
-        if what == "drift":
-            scale = metrics.SCALE.get(name, 100)
-        cells = ["{:+.2f} [{:.2f}, {:.2f}]".format(*(scale * v for v in gap)) if gap else "-" for gap in gaps]
-        rows.append([head, *(f"**{cell}**" if gap and gap[1] * gap[2] > 0 else cell
-                             for gap, cell in zip(gaps, cells, strict=True))])
+        scale = metrics.SCALE.get(name, 100) if what == "drift" else 1
+        gaps = [c["b_minus_a"].get(name, {}).get(what) for c in comparisons]
+        rows.append([head, *(with_interval(scale, **gap) if gap else "-" for gap in gaps)])
     return Table(f"Differences from {comparisons[0]['a']} on the same prompts",
-                 "Mean over pairs [95 % bootstrap interval], bold where it excludes 0.",
-                 ["", *(f"{c['b']} ({c['pairs']} pairs)" for c in comparisons)],
-                 [row for row in rows if set(row[1:]) != {"-"}])
+                 "Mean over prompts [95 % interval, Student's t over prompts], bold where it excludes 0 and "
+                 f"rests on {FEWEST} prompts or more.",
+                 ["", *(f"{c['b']} ({c['pairs']} pairs, {c['prompts']} prompts)" for c in comparisons)],
+                 [row for row in rows if set(row[1:]) != {"-"}], "needs videos of 2 prompts that both made")
+
+
+FEWEST = 5  # prompts for a bold difference: of fewer, one odd prompt decides
+
+
+def with_interval(scale: float, interval: list[float], prompts: int) -> str:
+    cell = "{:+.2f} [{:.2f}, {:.2f}]".format(*(scale * v for v in interval))
+    return f"**{cell}**" if prompts >= FEWEST and interval[1] * interval[2] > 0 else cell
 
 
 def as_markdown(found: list[Table]) -> str:
     lines = []
     for table in found:
+        if table.is_blank():
+            lines += [f"{table.title}: {table.lack}", ""]
+            continue
         cells = [table.heads, *table.rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         padded = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -165,14 +179,17 @@ def probe_tables(probes: dict) -> list[Table]:
         return []
     some, gaps, back = next(iter(probes.values())), [], []
     for path, probe in probes.items():
-        pairs = zip(probe["loss_gap"], probe["loss_gap_sem"], strict=True)
-        gaps.append([path, *(with_error(*both, ".4f", ".4f") for both in pairs)])
+        for chunk, row in probe["own_minus_real"].items():
+            pairs = zip(row["mean"], row["sem"], strict=True)
+            gaps.append([path, chunk, *(with_error(*both, ".4f", ".4f") for both in pairs)])
         back.append([path, *(with_error(row["chunks"], row["sem"], ".1f", ".1f")
                              for row in probe["recovery"].values())])
     recovery = some["recovery"]
     ahead = len(recovery["untouched"]["within"])
-    return [Table("Loss gap", "Loss behind own context minus behind real context, by noise level t; 0 is no "
-                  "exposure bias.", ["Model", *(f"t = {t}" for t in some["levels"])], gaps),
+    return [Table("Loss on own minus real videos", "Of the first and the last chunk that continue a held-out "
+                  "clip, by noise level t. 0: its own videos are to the model as real ones; negative: easier "
+                  "(simpler, or real ones are strange to it); positive: harder (wilder).",
+                  ["Model", "Chunk", *(f"t = {t}" for t in some["levels"])], gaps),
             Table("Recovery", f"Chunks until a spoilt context is overcome; {ahead + 1}: not within "
                   f"{ahead}. Untouched: the same for a real context.", ["Model", *recovery], back)]
 
@@ -320,10 +337,13 @@ def as_html(report: dict, found: list[Table], strips) -> str:
 
     parts = []
     for table in found:
+        if table.is_blank():
+            parts.append(f'<p class="note">{text(f"{table.title}: {table.lack}")}</p>')
+            continue
         lines = [[cell(head, "th") for head in table.heads], *([cell(c) for c in row] for row in table.rows)]
         parts.append(f'<h2>{text(table.title)}</h2><p class="note">{text(table.note)}</p><table><tr>'
                      + "</tr><tr>".join(map("".join, lines)) + "</tr></table>")
-    parts += ['<h2>Over time</h2><p class="note">Mean over videos; the band is its standard error.</p>',
+    parts += ['<h2>Over time</h2><p class="note">Mean over prompts; the band is its standard error.</p>',
               draw_curves(report["curves"]), "<h2>Film strips</h2>"]
     for prompt, seconds, pictures in strips:
         rows = "".join(f'<span>{text(method)}</span><img alt="frames of {text(method)}" src="data:image/png;'

@@ -48,6 +48,7 @@ def main(cfg: Config):
     if cfg.train_vae:
         return train_vae(cfg.seed)
     out = Path(cfg.out)
+    common.sweep(out)
     draw_videos(out / "videos", [draw_world(cfg.seed, i) for i in range(cfg.clips)], FRAMES)
     others = [draw_world("held out", i) for i in range(cfg.starts)]
     draw_videos(out / "starts", others, START)

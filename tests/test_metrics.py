@@ -27,8 +27,8 @@ def no_caches(tmp_path, monkeypatch):
     monkeypatch.delenv("VBENCH_CACHE_DIR", raising=False)
 
 
-def noise(*shape):
-    return torch.randn(shape, generator=rng("noise", *shape))
+def noise(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=rng("noise", *shape), dtype=dtype)
 
 
 def close(a, b, tolerance):
@@ -38,10 +38,12 @@ def close(a, b, tolerance):
 
 
 def texture(height, width):
-    """Pink noise on a torus, colours and all: [3,H,W] in about 0..1."""
-    spectrum = torch.fft.rfft2(noise(3, height, width))
-    y, x = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
-    spectrum = spectrum / torch.hypot(y * height, x * width).clamp(min=2) ** 1.2
+    """Pink noise on a torus, colours and all: [3,H,W] in about 0..1. In float64: float32 leaves a few pixels
+    so near the border of two grey levels that it takes the CPU's rounding to tell which they get."""
+    spectrum = torch.fft.rfft2(noise(3, height, width, dtype=torch.float64))
+    y = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64)[:, None]
+    x = torch.fft.rfftfreq(width, 1 / width, dtype=torch.float64)
+    spectrum = spectrum / torch.hypot(y, x).clamp(min=2) ** 1.2
     pink = torch.fft.irfft2(spectrum, s=(height, width))
     shared = pink.mean(0, keepdim=True)
     mixed = shared / shared.std() + 0.4 * pink / pink.std()
@@ -50,7 +52,7 @@ def texture(height, width):
 
 def shifted(image, x):
     """image moved to the right by x pixels, not necessarily whole ones."""
-    phase = torch.exp(-2j * math.pi * x * torch.fft.rfftfreq(image.shape[-1]))
+    phase = torch.exp(-2j * math.pi * x * torch.fft.rfftfreq(image.shape[-1], dtype=image.dtype))
     return torch.fft.irfft(torch.fft.rfft(image) * phase, n=image.shape[-1])
 
 
@@ -792,15 +794,16 @@ def whole_networks(networks):
 # what the published code gives here (torchvision 0.28's RAFT, the AMT of vbench 0.1.5, the MUSIQ of pyiqa
 # 0.1.16); where those are installed, test_peers compares with them directly
 PEERS = {
-    "raft": [26.8847, 90.7294, 34.751, 119.533, 149.392, -44.5641, -40.5495, -67.5171],
-    "amt": [0.568927, 0.355503, 0.460063, 0.472239, 0.485457, 0.701392, 0.411992, 0.125574],
-    "musiq": [-1.33163, 0.153722, -1.22293, -1.44032]}
+    "raft": [25.8008, 88.6971, 30.3855, 138.44, 166.738, -41.3854, -45.2457, -74.574],
+    "amt": [0.518288, 0.353443, 0.5216, 0.564934, 0.726318, 0.506558, 0.499599, 0.0574799],
+    "musiq": [-1.28646, 0.0291492, -1.30707, -1.26584]}
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_whole_networks_as_their_peers(name, networks):
     given, network = whole_networks(networks)[name]
-    assert digest(network(*given)) == pytest.approx(PEERS[name], rel=2e-3, abs=2e-4)
+    # from one instruction set to another a pixel changes by 2e-6 of its value in RAFT, by 1e-4 in AMT
+    assert digest(network(*given)) == pytest.approx(PEERS[name], rel=5e-4, abs=2e-4)
 
 
 def import_torchvision():
@@ -960,7 +963,7 @@ EXPECTED = {  # last fifth over first fifth
     "nothing": {},
     "saturate": {"saturation": MORE, "colourfulness": MORE},
     "fade": {"saturation": LESS, "colourfulness": LESS},
-    "blur": {"detail": (0, 0.2), "contrast": (0.8, 1), "speed": (0.6, 1.02), "motion": (0.6, 1),
+    "blur": {"detail": (0, 0.2), "contrast": (0.7, 1), "speed": (0.6, 1.02), "motion": (0.6, 1),
              "saturation": (0.8, 1), "colourfulness": (0.8, 1)},
     "flatten": {"contrast": LESS, "motion": LESS, "saturation": LESS, "colourfulness": LESS},
     "freeze": {"speed": (0, 0.3), "motion": (0, 0.3)},
@@ -1017,7 +1020,7 @@ def test_frechet_features_see_drift():
     close(metrics.frechet_features(clean[[17, 20]]), features[[17, 20]], 1e-5)
     # the same filters for ever, so that reports can be compared
     assert digest(features[:1]) == pytest.approx(
-        [0.0532834, 0.0176535, 0.0637763, 0.0494492, 0.0726065, 0.0431251, 0.0327189, 0.0389228], rel=1e-4)
+        [0.056216, 0.0185202, 0.0558638, 0.0554556, 0.0791133, 0.0396371, 0.0447861, 0.0407929], rel=1e-4)
     even, odd = features[0::2], features[1::2]
     strong = clean.float() - clean.float().mean(1, keepdim=True)
     strong = (clean.float() + strong).clamp(0, 255).to(torch.uint8)

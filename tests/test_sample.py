@@ -230,8 +230,8 @@ def test_the_prompt_changes_at_a_slide(make, spy):
     assert "0000-a-red-disc-a-blue-ring-it-stops" in made
     plain, *changed = [call["latents"] for call in calls]
     for latents, slide in zip(changed, (12, 9), strict=True):
-        assert torch.equal(latents[:, :slide], plain[:, :slide])
-        assert not torch.equal(latents[:, slide:slide + 3], plain[:, slide:slide + 3])
+        off = (latents - plain).abs().amax((0, 2, 3, 4))  # texts are encoded together: rounded otherwise
+        assert off[:slide].max() < 1e-3 < 1e-2 < off[slide:slide + 3].min()
     row = {"prompt": ["a red disc", "a blue ring", "it stops"], "times": [0, 2.5, 3.5]}
     listed = make(prompts=write_prompts(json.dumps(row), file="p.jsonl"), seconds=4, out="listed")
     assert same(listed, make(prompt="a red disc | 2.5: a blue ring | 3.5:it stops", seconds=4, out="told"))
@@ -243,7 +243,7 @@ def test_every_flag_reaches_the_model(make, models, spy):
     make(prompt="a red disc", negative="it stops", history_guidance=1.2, seconds=1, **flags)
     [call] = spy[0]
     assert (flags | {"history": 1.2, "ids": [(0, 0)], "frames": 6}).items() <= call.items()
-    assert torch.equal(call["null"], t5.load(models / "wan").encode(["it stops"])[0])
+    torch.testing.assert_close(call["null"], t5.load(models / "wan").encode(["it stops"])[0])
 
 
 @pytest.mark.parametrize("prompt,texts,times", [
