@@ -7,22 +7,31 @@
 #   PET_NNODES=2 PET_NODE_RANK=0 PET_MASTER_ADDR=host0 WAN=... bash bagger.sh       and, on another machine
 #                                   with the same disk, rank 1; these variables are torchrun's own
 #
+# Each stage takes more flags from a variable of its own, split at spaces, as in EVAL="--weights vbench":
+#   PREPARE prepare.py, TRAIN train_df.py, ROLLOUT rollout.py, AGGREGATE aggregate.py, SAMPLE sample.py,
+#   EVAL eval_drift.py; and MAKE is for both stages that generate, rollout.py and sample.py.
+#
 # Every stage goes on where it was killed and leaves alone what is done; so does this file, started again.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+nodes=${PET_NNODES:-1} node=${PET_NODE_RANK:-0}     # machines, and which of them this is
 
 WAN=${WAN:-}                # a Wan2.1 directory; none: the toy world
 VIDEOS=${VIDEOS:-}          # videos with captions, as prepare.py takes them
 SEED=${SEED:-0}
 INIT=${INIT:-base}          # what every round's training begins with: base (the paper) or previous
+PREPARE=${PREPARE:-} ROLLOUT=${ROLLOUT:-} AGGREGATE=${AGGREGATE:-} SAMPLE=${SAMPLE:-} EVAL=${EVAL:-}
 if [ "$WAN" ]; then
     OUT=${OUT:-run}
     ROUNDS=${ROUNDS:-3}     # model_0 is the seed model, model_ROUNDS the last
     STEPS=${STEPS:-16000}   # of each training
     LENGTH=${LENGTH:-50}    # seconds of the videos that are evaluated
-    TRAIN=${TRAIN:-}        # more flags for train_df.py
-    MAKE=${MAKE:-}          # more flags for rollout.py and sample.py, which generate
+    TRAIN=${TRAIN:-} MAKE=${MAKE:-}
+    BASELINES=${BASELINES-1}    # also the seed model with the paper's two other ways to sample; empty: not
     PROMPTS=${PROMPTS:-$here/prompts.txt}
+    refuse() { echo "bagger.sh: $*" >&2; exit 1; }
+    [ -d "$WAN" ] || refuse "WAN: no such folder: $WAN"
+    [ "$VIDEOS" ] || refuse "VIDEOS is missing: a folder of videos with captions, or a .csv or .jsonl list"
 elif [ "${QUICK:-}" ]; then
     OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8
     BASE_STEPS=4
@@ -36,30 +45,43 @@ else
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
 fi
 
-PYTHON=${PYTHON:-$here/.venv/bin/python}
-if ! [ -x "$PYTHON" ]; then
-    echo "== making $here/.venv"
-    python3 -m venv "$here/.venv"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+if ! [ "${PYTHON:-}" ]; then
+    PYTHON=$here/.venv/bin/python installed=$here/.venv/installed.txt   # written last: the install is whole
+    if ! cmp -s "$here/requirements.txt" "$installed" && [ "$node" = 0 ]; then
+        echo "== making $here/.venv"
+        python3 -m venv "$here/.venv"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+        cp "$here/requirements.txt" "$installed"
+    fi
+    cmp -s "$here/requirements.txt" "$installed" || echo "== waiting for node 0 to make $here/.venv"
+    until cmp -s "$here/requirements.txt" "$installed"; do sleep 2; done
 fi
 if [ "$WAN" ]; then
     NPROC=${NPROC:-gpu}     # processes here; gpu: one for each
 else
     NPROC=${NPROC:-$("$PYTHON" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')}
 fi
-one() { "$PYTHON" "$here/$1" "${@:2}"; }
+one() { if [ "$node" = 0 ]; then "$PYTHON" "$here/$1" "${@:2}"; fi; }   # in one process of the whole job
+# A node that is ahead waits for the others at the next stage. Each stage has a port of its own, lest it meets
+# the stage before, and half a day for all nodes to come, as ranks have for one another
+port=${PET_MASTER_PORT:-29500}
+export PET_RDZV_CONF=${PET_RDZV_CONF:-timeout=43200}
 all() {
-    if [ "$NPROC" = 1 ]; then one "$@"
-    else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" \
-        "$here/$1" "${@:2}"; fi
+    if [ "$NPROC" = 1 ] && [ "$nodes" = 1 ]; then one "$@"
+    else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PET_MASTER_PORT=$port "$PYTHON" -m torch.distributed.run \
+        --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
+    port=$((port + 1))
 }
-train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy needs one process
+train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy: one process
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 mkdir -p "$OUT"
 if [ "$WAN" ]; then
     base=$WAN
-    one bench.py plan --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --train-steps "$STEPS"
+    one bench.py plan --wan "$WAN" --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --nproc "$NPROC" \
+        --nodes "$nodes" --prompts "$PROMPTS" --seconds "$LENGTH" ${BASELINES:+--baselines} \
+        "--prepare=$PREPARE" "--train=$TRAIN --steps $STEPS" "--rollout=$MAKE $ROLLOUT" \
+        "--aggregate=$AGGREGATE" "--sample=$MAKE $SAMPLE" "--eval=$EVAL"
 else
     stage "a toy world"
     one toy.py --out "$OUT/toy" --clips "$CLIPS" --starts "$STARTS" --seed "$SEED"
@@ -68,7 +90,7 @@ fi
 
 # ------------------------------------------------------------------------------------------- Algorithm 1
 stage "seed data"
-all prepare.py --videos "$VIDEOS" --wan "${WAN_DIR:-$WAN}" --out "$OUT/agg_0" --seed "$SEED"
+all prepare.py --videos "$VIDEOS" --wan "${WAN_DIR:-$WAN}" --out "$OUT/agg_0" --seed "$SEED" $PREPARE
 if [ -z "$WAN" ]; then
     stage "the toy's base model, bidirectional as Wan is"
     train --mode full --data "$OUT/agg_0" --init "$WAN_DIR" --out "$base" $TRAIN --steps "$BASE_STEPS" \
@@ -82,22 +104,30 @@ for ((k = 0; k <= ROUNDS; k++)); do
     if ((k < ROUNDS)); then
         stage "round $k of $ROUNDS: roll model_$k out"
         all rollout.py --model "$OUT/model_$k" --data "$OUT/agg_0" --out "$OUT/rollout_$k" --round "$k" \
-            --seed "$SEED" $MAKE
+            --seed "$SEED" $MAKE $ROLLOUT
         stage "round $k of $ROUNDS: play the rollouts backwards, add them to the data"
-        all aggregate.py --data "$OUT/agg_$k" --rollouts "$OUT/rollout_$k" --out "$OUT/agg_$((k + 1))"
+        all aggregate.py --data "$OUT/agg_$k" --rollouts "$OUT/rollout_$k" --out "$OUT/agg_$((k + 1))" \
+            $AGGREGATE
     fi
 done
 
 # ------------------------------------------------------------------------------------------- what came of it
 methods=()
-for ((k = 0; k <= ROUNDS; k++)); do
-    stage "videos of $LENGTH s from model_$k, the same prompts and noise for all"
-    all sample.py --model "$OUT/model_$k" --prompts "$PROMPTS" --seconds "$LENGTH" --out "$OUT/videos_$k" \
-        --seed "$SEED" $MAKE
-    methods+=("$([ $k = 0 ] && echo DF || echo "R$k")=$OUT/videos_$k")
-done
+videos() {  # what the report calls them, the model, a folder, more flags
+    stage "videos of $LENGTH s from $2, the same prompts and noise for all: $1"
+    all sample.py --model "$OUT/$2" --prompts "$PROMPTS" --seconds "$LENGTH" --out "$OUT/$3" --seed "$SEED" \
+        $MAKE $SAMPLE "${@:4}"
+    methods+=("$1=$OUT/$3")
+}
+videos DF model_0 videos_0
+if [ "${BASELINES:-}" ]; then
+    videos "DF (sigma_test = 0.2)" model_0 videos_0_noised --context-noise 0.2
+    videos "History Guidance" model_0 videos_0_history --history-guidance 1.2
+fi
+for ((k = 1; k <= ROUNDS; k++)); do videos "R$k" "model_$k" "videos_$k"; done
 stage "drift"
-all eval_drift.py "${methods[@]}" --out "$OUT/report" $([ "$WAN" ] || echo --toy --real "$OUT/toy/videos")
+all eval_drift.py "${methods[@]}" --out "$OUT/report" $([ "$WAN" ] || echo --toy --real "$OUT/toy/videos") \
+    $EVAL
 stage "done: open $OUT/report/report.html; rollouts are shown in $OUT/rollout_*/preview.png"
 if [ "${QUICK:-}" ]; then
     echo "QUICK=1: every stage ran, on models that have learnt nothing; their numbers mean nothing."

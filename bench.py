@@ -4,26 +4,37 @@
     python bench.py train --frames 81 --size 32x32                 # a step against its bare passes
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
-    python bench.py plan --videos clips/ --out run                 # what a real run of bagger.sh will take
+    python bench.py plan --wan Wan2.1-T2V-1.3B --videos clips/ --out run     # what bagger.sh will take
 """
 
+import contextlib
+import json
 import platform
 import re
+import resource
 import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+import aggregate
 import common
 import data
 import diffusion
+import eval_drift
+import metrics
 import model
+import prepare
+import rollout
+import sample
+import t5
 import train_df
 import vae
 from common import UserError, positional, run
@@ -43,11 +54,23 @@ class Config:
     micro: int = 16  # clips computed at once in training
     steps: int = 10  # of the solver for each chunk
     repeats: int = 5  # of every measurement; the median is shown
+    soak: int = 200  # train: further steps over which memory must not grow
+    wan: str = ""  # plan: the Wan directory that training begins with
     videos: str = ""  # plan: the videos to train on
     out: str = "run"  # plan: where the run will go; its disk must hold it
     rounds: int = 3  # plan: of rollouts
-    train_steps: int = 16000  # plan: of each training
-    train_batch: int = 96  # plan: clips in a step, over all GPUs
+    prompts: str = "prompts.txt"  # plan: of the videos to make with every model
+    seconds: float = 50.0  # plan: of each of them
+    # plan: also videos of the seed model with noised context, and with history guidance
+    baselines: bool = False
+    nproc: str = "gpu"  # plan: processes on each machine, or gpu: one for each GPU here
+    nodes: int = 1  # plan: machines
+    prepare: str = ""  # plan: more flags for prepare.py, as one text
+    train: str = ""  # plan: more flags for train_df.py
+    rollout: str = ""  # plan: more flags for rollout.py
+    aggregate: str = ""  # plan: more flags for aggregate.py
+    sample: str = ""  # plan: more flags for sample.py
+    eval: str = ""  # plan: more flags for eval_drift.py
     device: str = "cpu"  # cpu, cuda or cuda:N
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
 
@@ -124,28 +147,46 @@ def bench_vae(cfg: Config):
               f" {off:14.1e} |", flush=True)
 
 
-def bench_train(cfg: Config):
-    """Steps of train_df.py, from clips on disk, against forward, backward and AdamW on a batch at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder, sizes = Path(folder), MODELS[cfg.model]
-        entries = []
-        for i in range(cfg.batch):
-            latents, text = torch.randn(latent_shape(cfg)), torch.randn(8, sizes.text_dim)
-            data.write_clip(folder, str(i), latents, text, "a prompt", "a.mp4")
+class Training(NamedTuple):
+    flags: train_df.Config
+    clips: train_df.Clips
+    state: train_df.State
+    run: Callable  # one step
+
+
+@contextlib.contextmanager
+def training(sizes: model.Config, latents, flags: train_df.Config):
+    """train_df.py with random weights on random clips, in a folder of its own."""
+    with contextlib.ExitStack() as stack:
+        folder, entries = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
+        for i in range(flags.batch):
+            text = torch.randn(8, sizes.text_dim)
+            data.write_clip(folder, str(i), torch.randn(latents), text, "a prompt", "a.mp4")
             entries.append({"id": str(i), "file": f"clips/{i}.safetensors", "kind": "seed"})
         data.write_text_embedding(folder / "empty.safetensors", torch.zeros(1, sizes.text_dim))
         data.write_index(folder, entries)
-        common.claim(Path(folder, "meta.json"), {"latents": latent_shape(cfg)})
+        common.claim(Path(folder, "meta.json"), {"latents": latents})
         model.save(model.WanModel(sizes).init_weights("bench"), folder / "init")
 
-        ranks = common.start_ranks(cfg.device)
-        flags = train_df.Config(*map(str, (folder, folder / "init", folder)), batch=cfg.batch, held_out=0,
-                                micro=cfg.micro, preview_every=0, dtype=cfg.dtype, device=cfg.device)
+        ranks = common.start_ranks(flags.device)
+        stack.callback(dist.destroy_process_group)
+        flags = replace(flags, data=str(folder), init=str(folder / "init"), out=str(folder / "model"),
+                        held_out=0, corrective_share=None, preview_every=0)
         flags = train_df.complete(flags, ranks)
         clips = train_df.Clips(flags)
         state = train_df.begin(flags, clips, ranks)
         micro = common.ahead(clips.micro_batch, train_df.shares(flags, ranks, 0))
-        held = [clips.micro_batch((0, range(k, min(k + cfg.micro, cfg.batch)))).to(ranks.device)
+        stack.callback(micro.close)
+        yield Training(flags, clips, state, lambda: train_df.train_step(flags, state, micro, 0, ranks))
+
+
+def bench_train(cfg: Config):
+    """Steps of train_df.py, from clips on disk, against forward, backward and AdamW on a batch at hand."""
+    sizes = MODELS[cfg.model]
+    flags = train_df.Config("", batch=cfg.batch, micro=cfg.micro, dtype=cfg.dtype, device=cfg.device,
+                            ema=0.995 if cfg.model == "toy" else 0.0)  # as bagger.sh trains it
+    with training(sizes, latent_shape(cfg), flags) as (flags, clips, state, step):
+        held = [clips.micro_batch((0, range(k, min(k + cfg.micro, cfg.batch)))).to(cfg.device)
                 for k in range(0, cfg.batch, cfg.micro)]
 
         def bare():
@@ -155,52 +196,26 @@ def bench_train(cfg: Config):
                 (error.square().mean() * len(x) / cfg.batch).backward()
             state.optimizer.step()
             state.optimizer.zero_grad()
-
-        def step():
-            train_df.train_step(flags, state, micro, 0, ranks)
         ours, theirs = alternate(cfg.repeats, cfg.device, step, bare)
-        micro.close()
-        dist.destroy_process_group()
+        before = resident()
+        for _ in range(cfg.soak):
+            step()
+        growth = (resident() - before) * 1000 / max(cfg.soak, 1)
     flops = 3 * cfg.batch * model.forward_flops(sizes, clips.layout())
     tokens = clips.layout()[-1][1]
     print(f"{cfg.model}, {cfg.batch} clips of {tokens:,} tokens, {cfg.micro} at a time: {ours:.3f} s a step, "
           f"bare {theirs:.3f} s, {ours / theirs:.2f}x")
-    peak = common.peak_flops(ranks.device)
+    peak = common.peak_flops(torch.device(cfg.device))
     print(f"{cfg.batch / ours:.2f} clips/s, {flops / ours / 1e12:.2f} TFLOP/s"
           + (f", MFU {flops / ours / peak:.1%}" if peak else "")
-          + f", {train_df.memory_used(ranks.device):.1f} GB at most")
-    return ours
+          + f", {train_df.memory_used(torch.device(cfg.device)):.2f} GB at most, "
+          f"{growth:+.2f} GB of main memory per 1,000 steps (over {cfg.soak})")
 
 
-def plan(cfg: Config):
-    """Clips, disk and GPU hours of a real run on Wan2.1-T2V-1.3B; refuses if the disk cannot hold it."""
-    clips = len(data.find_clips(cfg.videos))
-    rollouts, models = clips // 2 * cfg.rounds, cfg.rounds + 1
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in model.WanModel(model.Config()).parameters())
-    clip = 2 * 21 * 16 * 60 * 104 + 2 * 200 * 4096  # fp16 latents; bf16 text of some 200 tokens
-    # a rollout is kept as made and as reversed; a model beside two checkpoints of weights and two moments
-    parts = {"clips": clips * clip, "rollouts": 2 * rollouts * clip,
-             "models": models * weights * 4 * (1 + 2 * 3)}
-    need, folder = sum(parts.values()), Path(cfg.out).resolve()
-    there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free + there
-    print(f"{clips:,} clips, {cfg.rounds} rounds of {clips // 2:,} rollouts, {models} trainings of "
-          f"{cfg.train_steps:,} steps of {cfg.train_batch} clips")
-    print("disk: " + " + ".join(f"{name} {size / 1e9:.0f} GB" for name, size in parts.items())
-          + f" = {need / 1e9:.0f} GB; {free / 1e9:.0f} GB for it in {folder}")
-    if need > free:
-        raise UserError(f"{folder} is {(need - free) / 1e9:.0f} GB too small; choose another OUT, or fewer "
-                        "clips or ROUNDS")
-    if not torch.cuda.is_available():
-        return print("GPU hours: no GPU here to measure a step on")
-    shown = replace(cfg, model="1.3B", frames=81, size="832x480", batch=4, micro=1, steps=2, repeats=3,
-                    device="cuda", dtype="bfloat16")
-    training = bench_train(shown) / shown.batch * models * cfg.train_steps * cfg.train_batch / 3600
-    rolling = bench_generate(replace(shown, batch=1)) * 20 / shown.steps * rollouts / 3600
-    print(f"GPU hours: about {training:,.0f} of training, {rolling:,.0f} of rollouts")
+def resident() -> float:
+    """GB of this process in main memory now; 0 where /proc does not tell."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() / 1e9 if pages.exists() else 0.0
 
 
 @torch.no_grad()
@@ -231,7 +246,311 @@ def bench_generate(cfg: Config):
     print(f"{cfg.model}, {cfg.batch} videos of {cfg.frames} frames of {cfg.size}, {cfg.steps} steps a chunk, "
           f"guided: {ours:.3f} s, its {count} forwards {theirs:.3f} s, {ours / theirs:.2f}x, "
           f"{cfg.batch * cfg.frames / ours:.1f} frames/s")
-    return ours
+
+
+# ----------------------------------------------------------------------------------------------------
+# the plan of a real run: for each stage what it leaves on disk and, if a GPU is here, how long one GPU works
+
+class Run(NamedTuple):
+    """What bagger.sh will do: the flags of its stages, and the sizes that follow from them."""
+    wan: str
+    listed: int  # videos
+    clips: list[data.Source]  # those of them that are there and have a caption
+    tokens: float  # of a caption, on average
+    rounds: int
+    rollouts: int  # in a round
+    geometry: data.Geometry
+    latents: tuple[int, ...]
+    sizes: model.Config
+    weights: int
+    methods: int  # the models, and other ways to sample the first
+    guided: int  # those of them with history guidance, which has twice the branches
+    videos: list[int]  # the latent frames of each
+    prepare: prepare.Config
+    train: train_df.Config
+    rollout: rollout.Config
+    aggregate: aggregate.Config
+    sample: sample.Config
+    eval: eval_drift.Config
+    device: str | None  # to measure on
+
+
+def plan(cfg: Config):
+    """Clips, disk and GPU hours of a real run. What was measured is kept in --out; whether its disk can hold
+    all that is looked at anew."""
+    facts, file = read_run(cfg), Path(cfg.out, "plan.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    missing = missing_weights(facts.eval.weights)
+    name = facts.device and (torch.cuda.get_device_name() if facts.device == "cuda" else cpu())
+    inputs = asdict(cfg) | {
+        "clips": len(facts.clips), "tokens": facts.tokens, "latents": facts.latents,
+        "sizes": asdict(facts.sizes), "latent frames": facts.videos, "unscored": list(missing),
+        "gpu": name, "torch": torch.__version__}
+    inputs = json.loads(json.dumps(inputs))  # as it is read back: lists for tuples
+    kept = common.read_json(file) if file.exists() else {}
+    if kept.get("inputs") != inputs:
+        kept = {"inputs": inputs, "stages": {stage: measured(stage, facts) for stage in STAGES}}
+        common.write_text(file, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    show(cfg, facts, kept["stages"])
+    tell_missing(missing)
+    check_disk(cfg, sum(disk for disk, _ in kept["stages"].values()))
+
+
+def read_run(cfg: Config) -> Run:
+    if not (cfg.wan and cfg.videos):
+        raise UserError("bench.py plan needs --wan and --videos")
+
+    def flags(config, given, *fixed):  # split at spaces, as the shell does with it
+        return common.parse_args(config, "", [*fixed, *given.split()])
+
+    prepared = flags(prepare.Config, cfg.prepare, "--videos", cfg.videos, "--wan", cfg.wan, "--out", "agg_0")
+    trained = flags(train_df.Config, cfg.train, "--data", "agg_0")
+    rolled = flags(rollout.Config, cfg.rollout, "--model", "model_0")
+    sampled = flags(sample.Config, cfg.sample, "--prompts", cfg.prompts, "--seconds", str(cfg.seconds))
+
+    listed = data.find_clips(cfg.videos, prepared.caption_key)
+    clips = [source for source in listed if source.caption and source.path.is_file()]
+    if not clips:
+        raise UserError(f"{cfg.videos} lists {len(listed)} videos; none of them is there and has a caption")
+    held_out = trained.held_out if rolled.held_out is None else rolled.held_out
+    half = max(1, min(len(clips) // 2, len(clips) - held_out))
+    tokenizer, some = t5.load_tokenizer(cfg.wan), clips[::len(clips) // 1000 + 1]
+    tokens = sum(len(t5.token_ids(tokenizer, source.caption)) for source in some) / len(some)
+
+    geometry, coder = data.geometry(cfg.wan, prepared.size, prepared.frames, prepared.fps), vae.load(cfg.wan)
+    latents = (coder.latent_count(geometry.frames), coder.z_dim, geometry.height // coder.space,
+               geometry.width // coder.space)
+    sizes = model.read_checkpoint(cfg.wan)[1]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in model.WanModel(sizes).parameters())
+    videos = [sample.latent_frames(row.get("seconds", sampled.seconds), geometry.fps, coder, 0)
+              for _, row in sample.read_prompts(sampled, {}) for _ in range(sampled.samples)]
+    return Run(
+        cfg.wan, len(listed), clips, tokens, cfg.rounds, half if rolled.count is None else rolled.count,
+        geometry, latents, sizes, weights, cfg.rounds + 1 + 2 * cfg.baselines, int(cfg.baselines), videos,
+        prepared, trained, rolled, flags(aggregate.Config, cfg.aggregate, "--rollouts", "rollout_0"), sampled,
+        flags(eval_drift.Config, cfg.eval, "videos_0"), measuring_device())
+
+
+def measuring_device() -> str | None:
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def measured(stage: str, facts: Run) -> tuple[float, float | None]:
+    """(bytes on disk, seconds of one GPU or None)"""
+    if facts.device:
+        print(f"measuring {stage} ...", flush=True)
+        torch.cuda.empty_cache()
+        torch.compiler.reset()  # all stages together would reach the limit of what may be compiled anew
+    try:
+        return STAGES[stage](facts)
+    except torch.OutOfMemoryError:
+        return STAGES[stage](facts._replace(device=None))
+
+
+def clip_bytes(facts: Run) -> float:
+    return (torch.Size(facts.latents).numel() * data.LATENT_DTYPE.itemsize
+            + facts.tokens * facts.sizes.text_dim * data.TEXT_DTYPE.itemsize)
+
+
+def plan_prepare(facts: Run):
+    count, seconds = len(facts.clips), None
+    if facts.device:
+        encode, _ = time_vae(facts, facts.prepare)  # two threads read meanwhile
+        seconds = count * (max(encode, time_read(facts) / 2) + time_text(facts, facts.prepare))
+    return count * clip_bytes(facts), seconds
+
+
+def plan_train(facts: Run):
+    """A model is fp32 weights beside checkpoints of weights, two moments and perhaps an average of weights. A
+    new checkpoint is written before the oldest goes."""
+    flags, models, seconds = facts.train, facts.rounds + 1, None
+    checkpoint = 4 * (3 + (flags.ema > 0)) * facts.weights
+    if facts.device:
+        seconds = models * flags.steps * flags.batch * time_training(facts)
+    return models * (4 * facts.weights + flags.keep * checkpoint) + checkpoint, seconds
+
+
+def plan_rollout(facts: Run):
+    count, seconds, frames = facts.rounds * facts.rollouts, None, facts.latents[0]
+    if facts.device:
+        seconds = count * time_generate(facts, facts.rollout, frames, frames, rollout.CHUNK, rollout.CHUNK)
+    return count * clip_bytes(facts), seconds
+
+
+def plan_aggregate(facts: Run):
+    count, seconds = facts.rounds * facts.rollouts, None
+    if facts.device:
+        text = time_text(facts, facts.aggregate) if facts.aggregate.rewrite else 0
+        seconds = count * (sum(time_vae(facts, facts.aggregate)) + text)
+    return count * clip_bytes(facts), seconds
+
+
+def plan_sample(facts: Run):
+    facts, flags, seconds = as_sampled(facts), facts.sample, None
+    frames, pixels = facts.methods * sum(facts.videos), facts.geometry.width * facts.geometry.height
+    if facts.device:
+        window, slide = flags.window, flags.window - flags.keep
+        first = time_generate(facts, flags, window, window, flags.keep)
+        again = time_generate(facts, flags, window + slide, window, flags.keep) - first
+        latents = sum(first * min(n / window, 1) + again * max(n - window, 0) / slide for n in facts.videos)
+        decode = time_vae(facts, flags)[1] / facts.latents[0]
+        seconds = (facts.methods + facts.guided) * latents + frames * decode
+    return frames * 4 * pixels / 8, seconds  # h264 at crf 18 takes less than a bit a pixel
+
+
+def plan_eval(facts: Run):
+    """What it leaves on disk is small. A thread reads meanwhile."""
+    facts, seconds = as_sampled(facts), None
+    if facts.device:
+        frame = max(time_scores(facts), time_read(facts) / facts.geometry.frames)
+        seconds = facts.methods * sum(facts.videos) * 4 * frame
+    return 0, seconds
+
+
+def as_sampled(facts: Run) -> Run:
+    """At the size of the videos that are made; that of the clips may be another."""
+    size, space = data.geometry(facts.wan, facts.sample.size), facts.geometry.height // facts.latents[2]
+    return facts._replace(geometry=size._replace(frames=facts.geometry.frames),
+                          latents=(*facts.latents[:2], size.height // space, size.width // space))
+
+
+STAGES = {"prepare": plan_prepare, "train": plan_train, "rollout": plan_rollout,
+          "aggregate": plan_aggregate, "sample": plan_sample, "eval": plan_eval}
+
+
+# seconds, each by the functions that the stages call
+
+def precision(facts: Run, flags) -> torch.dtype:
+    return getattr(torch, flags.dtype or ("bfloat16" if facts.device == "cuda" else "float32"))
+
+
+@torch.no_grad()
+def time_vae(facts: Run, flags) -> list[float]:
+    """To encode a clip, and to decode it."""
+    coder, g = vae.load(facts.wan, facts.device, precision(facts, flags)), facts.geometry
+    video = torch.rand(1, g.frames, 3, g.height, g.width, device=facts.device) * 2 - 1
+    z = coder.encode(video)
+    return alternate(3, facts.device, lambda: coder.encode(video), lambda: coder.decode(z))
+
+
+def time_text(facts: Run, flags) -> float:
+    """To encode a caption, in a batch of 16."""
+    encoder = t5.load(facts.wan, facts.device, precision(facts, flags))
+    captions = [source.caption for source in facts.clips[:16]]
+    return alternate(3, facts.device, lambda: encoder.encode(captions))[0] / len(captions)
+
+
+def time_read(facts: Run) -> float:
+    """To read a clip from the first of some videos that can be read; a run skips what cannot."""
+    width, height, frames, fps = facts.geometry
+    for source in facts.clips[:20]:
+        with contextlib.suppress(UserError):
+            video = data.probe(source.path)
+            return alternate(3, "cpu", lambda v=video: data.read_clip(v, frames, fps, (width, height)))[0]
+    return 0.0
+
+
+def time_training(facts: Run) -> float:
+    """To train on a clip. The run spreads weights and moments over all its GPUs; here one takes as many
+    blocks as half of its memory can hold, and the others count by their FLOPs."""
+    sizes, micro = facts.sizes, facts.train.micro
+    if facts.device == "cuda":
+        room = torch.cuda.mem_get_info()[0] / 2
+        blocks = int(sizes.num_layers * room / (20 * facts.weights))
+        sizes = replace(sizes, num_layers=max(1, min(blocks, sizes.num_layers)))
+    with training(sizes, facts.latents, replace(facts.train, batch=2 * micro, device=facts.device)) as step:
+        [seconds] = alternate(3, facts.device, step.run)
+        whole, part = (model.forward_flops(c, step.clips.layout()) for c in (facts.sizes, sizes))
+    return seconds / (2 * micro) * whole / part
+
+
+@torch.no_grad()
+def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin: int = 0) -> float:
+    """To generate the latents of a video that continues `begin` of them. Each of the solver's steps takes as
+    long as another, so a few are enough."""
+    net = model.load(facts.wan, facts.device, precision(facts, flags))
+    compiled = facts.device == "cuda" if flags.compile is None else flags.compile
+    if compiled:
+        net.compile_blocks()
+    text = [torch.randn(8, net.config.text_dim, device=facts.device) for _ in range(flags.batch)]
+    context = torch.randn(flags.batch, begin, *facts.latents[1:], device=facts.device) if begin else None
+
+    def generate(steps):
+        diffusion.generate(net, text, 0 * text[0], shape=facts.latents[1:], frames=frames, context=context,
+                           window=window, keep=keep, reentry="as-is", steps=steps, guidance=flags.guidance,
+                           solver=flags.solver)
+    two, four = alternate(3, facts.device, lambda: generate(2), lambda: generate(4))
+    return (two + (flags.steps - 2) * (four - two) / 2) / flags.batch
+
+
+def time_scores(facts: Run) -> float:
+    """To score a frame, with what weights there are."""
+    flags, g = facts.eval, facts.geometry
+    names = eval_drift.wanted(flags, [g])
+    scorers, _ = metrics.open_scorers(names, facts.device, flags.weights, flags.stride, flags.batch)
+    frames = torch.randint(256, (2 * flags.batch, 3, g.height, g.width), dtype=torch.uint8)
+
+    def score():
+        for scorer in scorers:
+            scorer.start(g.fps)
+            scorer.add(frames)
+            scorer.finish()
+    return alternate(3, facts.device, score)[0] / len(frames)
+
+
+# what a person reads
+
+def show(cfg: Config, facts: Run, stages: dict):
+    layout, gpus = "x".join(map(str, facts.latents)), cfg.nodes * torch.cuda.device_count()
+    if cfg.nproc.isdigit():
+        gpus = cfg.nodes * int(cfg.nproc)
+    print(f"{len(facts.clips):,} of {facts.listed:,} videos are there with a caption; each takes "
+          f"{clip_bytes(facts) / 1e6:.2f} MB: latents of {layout}, {facts.tokens:.0f} tokens")
+    print(f"{facts.rounds + 1} trainings of {facts.weights / 1e9:.2f} G weights, {facts.train.steps:,} steps "
+          f"of {facts.train.batch} clips; {facts.rounds} rounds of {facts.rollouts:,} rollouts; "
+          f"{facts.methods} x {len(facts.videos)} videos\n")
+    disk, seconds = zip(*stages.values(), strict=True)
+    print("| stage     | disk, GB | GPU hours | wall hours |\n"
+          "|-----------|----------|-----------|------------|")
+    for stage, (size, took) in (stages | {"all": (sum(disk), sum(s or 0 for s in seconds))}).items():
+        each, wall = (f"{took / n / 3600:,.1f}" if took else "-" for n in (1, gpus))
+        print(f"| {stage:9} | {size / 1e9:8,.1f} | {each:>9} | {wall:>10} |")
+    if facts.device:
+        print(f"\nWall hours: on {gpus} GPUs. Measured on one, without loading and what GPUs tell one another"
+              + "; - does not fit into its memory" * (None in seconds))
+    else:
+        print("\nHours: no GPU is here to measure on, and those of every stage need one")
+
+
+def missing_weights(weights: str | None) -> dict[str, list[str]]:
+    """{dimension of VBench: the files it lacks, where they were looked for and where to get them}"""
+    missing = {}
+    for name in metrics.DIMENSIONS:
+        found = [metrics.find(alternatives, weights) for alternatives in metrics.NETWORKS[name][0]]
+        if lacking := [where for where in found if isinstance(where, str)]:
+            missing[name] = lacking
+    return missing
+
+
+def tell_missing(missing: dict[str, list[str]]):
+    if missing:
+        print("\nFor want of weights the report will lack these of VBench's dimensions:")
+        for name, files in missing.items():
+            print(f"  {name}: {'; '.join(files)}")
+        print('EVAL="--weights DIR" names a folder to look in first. The run goes on without them. They may\n'
+              "come later: scores are kept, and the same command, started again, adds what was missing.")
+
+
+def check_disk(cfg: Config, need: float):
+    out = Path(cfg.out).resolve()
+    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    free, last = shutil.disk_usage(out).free, out / f"model_{cfg.rounds}" / "config.json"
+    print(f"\ndisk: {need / 1e9:,.1f} GB, of which {there / 1e9:,.1f} GB are there; {free / 1e9:,.1f} GB are "
+          f"free in {out}")
+    if need > free + there and not last.exists():  # once the last is trained, little is left to write
+        raise UserError(f"{out} is {(need - free - there) / 1e9:,.1f} GB too small; choose another OUT, or "
+                        "fewer clips or ROUNDS")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ def train_step(cfg, state, micro, step: int, ranks):
     state.optimizer.zero_grad()
     if cfg.ema:
         decay = min(cfg.ema, (step + 1) / (step + 10))  # a fresh average forgets where it began
-        torch._foreach_lerp_(state.ema, list(state.weights.values()), 1 - decay)
+        with torch.no_grad():  # else the average would drag along a graph of all steps
+            torch._foreach_lerp_(state.ema, list(state.weights.values()), 1 - decay)
     return norm
 
 

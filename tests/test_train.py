@@ -1,5 +1,6 @@
 """Stage 1: the loss by hand, what is drawn, that ranks, micro-batches and kills leave no trace, refusals."""
 
+import gc
 import json
 import os
 import random
@@ -369,6 +370,26 @@ def test_the_average_by_hand(world, tmp_path, monkeypatch):
         average = {k: decay * average[k] + (1 - decay) * now[k] for k in average}
     assert all(torch.allclose(saved[k], average[k], atol=1e-6) for k in average)
     assert not torch.allclose(saved["head.head.weight"], seen[-1]["head.head.weight"], atol=1e-4)
+
+
+def test_no_step_leaves_anything_behind(world, tmp_path):
+    """An average that was updated under autograd once kept a graph of all steps: gigabytes in 5,000."""
+    ranks = common.start_ranks("cpu")
+    cfg = train_df.complete(full_config(world, tmp_path / "out"), ranks)
+    clips = Clips(cfg)
+    state = train_df.begin(cfg, clips, ranks)
+    micro = common.ahead(clips.micro_batch, train_df.shares(cfg, ranks, 0))
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(x, torch.Tensor) or "Backward" in type(x).__name__ for x in gc.get_objects())
+    counts = []
+    for step in range(5):
+        train_df.train_step(cfg, state, micro, step, ranks)
+        counts.append(alive())
+    micro.close()
+    assert not any(x.requires_grad for x in (*state.ema, state.totals, state.broken))
+    assert counts[-1] <= counts[1]
 
 
 def test_the_held_out_loss_is_that_of_the_exported_weights(world, reference):
