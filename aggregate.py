@@ -7,18 +7,16 @@ A rollout drifts from real to wrong. Backwards it is a video that comes right, a
 reversed. The clips so far are referred to where they are, not copied. Killed and started again it continues.
 """
 
+import itertools
 import os
 import re
-import shlex
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -67,23 +65,17 @@ def main(cfg: Config):
     check(cfg, clips, rollouts)
     entries = [entry(cfg, rollout) for rollout in rollouts]
     check_new(cfg, clips, rollouts, entries)
-    describe(cfg, clips, rollouts, out, ranks)
-    todo = [j for j in range(ranks.rank, len(entries), ranks.world)
-            if not data.clip_file(out, entries[j]["id"]).exists()]
+    store, dtype = data.Writer(out, ranks, describe(cfg, clips, rollouts)), getattr(torch, cfg.dtype)
+    todo = [j for j in range(ranks.rank, len(entries), ranks.world) if not store.has(entries[j]["id"])]
     print0(f"{len(entries)} rollouts; {len(todo)} to reverse"
            + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
-    try:
-        # one network at a time: the text encoder alone is 11 GB
+    with store.keeping():
         if cfg.rewrite:
-            prompts = [(new["id"], new["prompt"]) for new in entries]
-            data.stage_texts(out, prompts, ranks,
-                             lambda: t5.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype)), "prompts")
-        reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks)
-        finish(clips, entries, out, ranks)
-    except OSError as error:
-        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
-        raise UserError(f"{error}\n{kept} finished clips are kept in {out}; mend that and run the same "
-                        "command to continue") from None
+            prompts = {new["id"]: new["prompt"] for new in entries}
+            store.stage_texts(prompts, lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
+        coder = vae.load(cfg.wan, ranks.device, dtype)
+        reverse_rollouts(cfg, clips, rollouts, entries, todo, store, coder, ranks)
+        finish(clips, entries, store, ranks)
     counts = Counter(clips.kinds) + Counter(corrective=len(entries))
     print0(f"{counts.total()} clips in {out}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
 
@@ -125,8 +117,7 @@ def entry(cfg: Config, rollout: dict) -> dict:
     assert rollout["kind"] == "rollout", f"{rollout['id']} is reversed already"
     id = f"{rollout['id']}-reversed"
     prompt = rewritten(rollout["prompt"], cfg.template) if cfg.rewrite else rollout["prompt"]
-    return {"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "kind": "corrective",
-            "round": rollout["round"] + 1, "source": rollout["id"]}
+    return data.index_entry(id, prompt, "corrective", rollout["round"] + 1, rollout["id"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -156,9 +147,6 @@ def check(cfg: Config, clips: data.Clips, rollouts: data.Clips):
         if made[key] != meta[key]:
             raise UserError(f"{cfg.rollouts} was made with {key} = {made[key]}, {cfg.data} with {meta[key]}; "
                             "aggregate rollouts of the same data")
-    if len(rollouts) < made["count"]:
-        raise UserError(f"{cfg.rollouts} holds {len(rollouts)} of {made['count']} rollouts; to finish it, "
-                        f"run again\n{shlex.join(made['command'])}")
     for key, files in (("vae", vae.find(Path(cfg.wan))[0]), ("t5", t5.find_weights(cfg.wan))):
         if common.fingerprint(*files) != meta[key]:
             raise UserError(f"{cfg.wan} has another {key} than {cfg.data} was made with; give --wan "
@@ -176,34 +164,27 @@ def check_new(cfg, clips, rollouts, entries):
                             f"{cfg.data}; aggregate rollouts of the same data")
 
 
-def describe(cfg, clips, rollouts, out, ranks):
-    """meta.json says how all new clips are made; what exists already must be made the same way."""
+def describe(cfg, clips, rollouts) -> dict:
+    """How all new clips are made."""
     before = clips.meta()
-    meta = {key: before[key] for key in (*GEOMETRY, "seed")} | {
+    return {key: before[key] for key in (*GEOMETRY, "seed")} | {
         "wan": str(Path(cfg.wan).resolve()),
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "rollouts": str(rollouts.folder.resolve()),
         "rollouts_fingerprint": common.fingerprint(rollouts.index), "round": rollouts.meta()["round"] + 1,
         "template": cfg.template, "rewrite": cfg.rewrite, "flip": cfg.flip,
         "paste_real": cfg.paste_real and str(Path(cfg.paste_real).resolve()), "dtype": cfg.dtype}
-    if ranks.rank == 0:
-        (out / "clips").mkdir(parents=True, exist_ok=True)
-        common.claim(out / "meta.json", meta, command=sys.argv)
-    dist.barrier()
 
 
-def reverse_rollouts(cfg, clips, rollouts, entries, todo, out, ranks):
-    coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
+def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, coder, ranks):
     videos = {source.id: source.path for source in data.find_clips(cfg.paste_real)} if cfg.paste_real else {}
     with common.progress(len(todo), "clips", ranks) as bar:
         for j in todo:
             rollout, new = rollouts.load(j), entries[j]
             real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
             latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
-            staged = data.text_file(out, new["id"])
-            text = data.read_text_embedding(staged) if cfg.rewrite else rollout["text"]
-            data.write_clip(out, new["id"], latents, text, new["prompt"], new["source"])
-            staged.unlink(missing_ok=True)
+            text = store.staged_text(new["id"]) if cfg.rewrite else rollout["text"]
+            store.write(new["id"], latents, text, new["prompt"], new["source"])
             bar.update()
 
 
@@ -218,19 +199,14 @@ def read_real(cfg, videos, id, meta, coder) -> torch.Tensor:
     return data.to_float(data.read_clip(video, coder.frame_count(CHUNK), meta["fps"], size, start)[None])
 
 
-def finish(clips, entries, out, ranks):
-    """The index comes last: a store that has one is whole. Line by line, for there may be 100,000s."""
-    dist.barrier()
+def finish(clips, entries, store, ranks):
+    """The clips so far, referred to where they are, and the new ones."""
     if ranks.rank == 0:
-        shutil.rmtree(out / "text", ignore_errors=True)
-        with common.replacing(out / "empty.safetensors") as temporary:
+        with common.replacing(store.folder / "empty.safetensors") as temporary:
             shutil.copyfile(clips.folder / "empty.safetensors", temporary)
-        with common.replacing(out / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
-            here = out.resolve()
-            for old in clips:
-                f.write(data.as_lines([old | {"file": os.path.relpath(clips.locate(old), here)}]))
-            f.write(data.as_lines(entries))
-    dist.barrier()
+    here = store.folder.resolve()
+    so_far = (old | {"file": os.path.relpath(clips.locate(old), here)} for old in clips)
+    store.finish(itertools.chain(so_far, entries))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import sample
 import t5
 import train_df
 import vae
+import vbench
 from common import UserError, positional, run
 
 MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32),
@@ -229,8 +230,8 @@ def bench_generate(cfg: Config):
     null, count = torch.zeros(1, sizes.text_dim, device=cfg.device), 0
 
     def generate():
-        diffusion.generate(net, text, null, shape=shape, frames=frames, steps=cfg.steps, window=frames,
-                           keep=3)
+        list(diffusion.generate(net, text, null, diffusion.Sampling(cfg.steps), shape=shape, frames=frames,
+                                window=frames, keep=3))
 
     def bare():
         nonlocal count
@@ -477,9 +478,9 @@ def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin:
     context = torch.randn(flags.batch, begin, *facts.latents[1:], device=facts.device) if begin else None
 
     def generate(steps):
-        diffusion.generate(net, text, 0 * text[0], shape=facts.latents[1:], frames=frames, context=context,
-                           window=window, keep=keep, reentry="as-is", steps=steps, guidance=flags.guidance,
-                           solver=flags.solver)
+        sampling = diffusion.Sampling(steps, guidance=flags.guidance, solver=flags.solver)
+        list(diffusion.generate(net, text, 0 * text[0], sampling, shape=facts.latents[1:], frames=frames,
+                                context=context, window=window, keep=keep))
     two, four = alternate(3, facts.device, lambda: generate(2), lambda: generate(4))
     return (two + (flags.steps - 2) * (four - two) / 2) / flags.batch
 
@@ -525,12 +526,8 @@ def show(cfg: Config, facts: Run, stages: dict):
 
 def missing_weights(weights: str | None) -> dict[str, list[str]]:
     """{dimension of VBench: the files it lacks, where they were looked for and where to get them}"""
-    missing = {}
-    for name in metrics.DIMENSIONS:
-        found = [metrics.find(alternatives, weights) for alternatives in metrics.NETWORKS[name][0]]
-        if lacking := [where for where in found if isinstance(where, str)]:
-            missing[name] = lacking
-    return missing
+    lacking = {name: vbench.find_files(name, weights)[1] for name in metrics.DIMENSIONS}
+    return {name: files for name, files in lacking.items() if files}
 
 
 def tell_missing(missing: dict[str, list[str]]):

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -26,7 +28,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 import common
-from common import UserError, open_weights, read_json, replacing, rng, save_tensors, write_text
+from common import UserError, open_weights, read_json, replacing, rng, save_tensors
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
@@ -203,9 +205,16 @@ def read_image(path, size=None) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------
 # videos out
 
-def write_video(path, pieces: Iterable[torch.Tensor], fps, tags: dict | None = None, crf: int = 18,
-                preset: str = "medium"):
-    """Streams pieces [3,H,W] or [T,3,H,W], uint8 or in [-1, 1], into an h264 mp4 that carries tags."""
+def write_video(path, pieces: Iterable[torch.Tensor], *args, **kwargs):
+    with writing(path, *args, **kwargs) as write:
+        for piece in pieces:
+            write(piece)
+
+
+@contextlib.contextmanager
+def writing(path, fps, tags: dict | None = None, crf: int = 18, preset: str = "medium"):
+    """Yields a function that takes the next frames, [3,H,W] or [T,3,H,W], uint8 or in [-1, 1], of an h264 mp4
+    that carries tags. The file appears when all have been written."""
     tags = tags or {}
     try:
         with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4",
@@ -214,12 +223,15 @@ def write_video(path, pieces: Iterable[torch.Tensor], fps, tags: dict | None = N
             container.metadata["title"] = str(tags.get("prompt", ""))
             container.metadata["comment"] = json.dumps(tags, ensure_ascii=False)
             stream, scaler = None, VideoReformatter()
-            for frame in itertools.chain.from_iterable(map(as_frames, pieces)):
-                if stream is None:
-                    stream = new_stream(container, frame, fps, crf, preset)
-                assert (frame.width, frame.height) == (stream.width, stream.height), "the frame size changed"
-                frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709")
-                container.mux(stream.encode(frame))
+
+            def write(piece):
+                nonlocal stream
+                for frame in as_frames(piece):
+                    stream = stream or new_stream(container, frame, fps, crf, preset)
+                    assert (frame.width, frame.height) == (stream.width, stream.height), "the size changed"
+                    frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709")
+                    container.mux(stream.encode(frame))
+            yield write
             assert stream is not None, f"{path}: no frames to write"
             container.mux(stream.encode())
     except av.FFmpegError as error:
@@ -401,29 +413,6 @@ def write_clip(folder, id: str, latents: torch.Tensor, text: torch.Tensor, promp
     save_tensors(clip_file(folder, id), tensors, prompt=prompt, source=source)
 
 
-def stage_texts(out, clips: list[tuple[str, str]], ranks, load_encoder, what: str):
-    """Embeddings of (id, prompt) wait in out/text until their clip is written, for one large network is in
-    memory at a time. Prompts go through the encoder in batches of 16 that restarts do not change."""
-    def done(clip):
-        return text_file(out, clip[0]).exists() or clip_file(out, clip[0]).exists()
-
-    todo = common.my_share(common.batched(clips, 16), ranks, done)
-    (Path(out) / "text").mkdir(exist_ok=True)
-    if todo:
-        encoder = load_encoder()
-        with common.progress(sum(map(len, todo)), what, ranks) as bar:
-            for batch in todo:
-                for clip, text in zip(batch, encoder.encode([prompt for _, prompt in batch]), strict=True):
-                    if not done(clip):
-                        write_text_embedding(text_file(out, clip[0]), text)
-                bar.update(len(batch))
-    dist.barrier()
-
-
-def text_file(out, id: str) -> Path:
-    return Path(out) / "text" / f"{id}.safetensors"
-
-
 def write_text_embedding(path, text: torch.Tensor):
     save_tensors(path, {"text": text.to(TEXT_DTYPE)})
 
@@ -449,25 +438,85 @@ def geometry(wan, size: str | None = None, frames: int | None = None, fps: int |
     return Geometry(int(match[1]), int(match[2]), frames or own.get("frames", 81), fps or own.get("fps", 16))
 
 
-def append_index(folder, entries: Iterable[dict]):
-    """Adds lines for one writer at a time; cuts off first what a killed writer left of its last line."""
-    with open(Path(folder) / "index.jsonl", "ab+") as f:
-        f.seek(max(f.tell() - 1, 0))
-        if f.read() not in (b"", b"\n"):
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)
-        f.write(as_lines(entries).encode())
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def write_index(folder, entries: Iterable[dict]):
-    """The whole index at once, in place of what there was."""
-    write_text(Path(folder) / "index.jsonl", as_lines(entries))
+    """The whole index at once, a line at a time: there may be 100,000s."""
+    with replacing(Path(folder) / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for entry in entries:
+            f.write(as_lines([entry]))
 
 
 def as_lines(entries: Iterable[dict]) -> str:
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def index_entry(id: str, prompt: str, kind: str, round: int, source: str) -> dict:
+    """kind: seed, rollout or corrective; round: the first to train on it, or the one that rolled it out."""
+    return {"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "kind": kind, "round": round,
+            "source": source}
+
+
+class Writer:
+    """A clip store in the making, by all ranks together. Its index comes last: one that has it is whole."""
+
+    def __init__(self, folder, ranks, meta: dict):
+        """meta says how all clips of the store are made; those that exist must have been made likewise."""
+        self.folder, self.ranks = Path(folder), ranks
+        if ranks.rank == 0:
+            common.claim(self.folder / "meta.json", meta, command=sys.argv)
+            for part in ("clips", "text"):
+                (self.folder / part).mkdir(exist_ok=True)
+        dist.barrier()
+
+    def has(self, id: str) -> bool:
+        return clip_file(self.folder, id).exists()
+
+    def share(self, ids: list[str], batch: int = 1) -> list[list[str]]:
+        """This rank's batches that have anything left to do; those that are made again come out the same."""
+        return common.my_share(common.batched(ids, batch), self.ranks, self.has)
+
+    def stage_texts(self, prompts: dict[str, str], load_encoder, what: str):
+        """Embeddings of {id: prompt} wait in text/ until their clip is written, for one large network is in
+        memory at a time. Prompts go through the encoder in batches of 16 that restarts do not change."""
+        def done(id):
+            return self.has(id) or self.text_file(id).exists()
+
+        todo = common.my_share(common.batched(list(prompts), 16), self.ranks, done)
+        with common.progress(sum(map(len, todo)), what, self.ranks) as bar:
+            encoder = load_encoder() if todo else None
+            for batch in todo:
+                for id, text in zip(batch, encoder.encode([prompts[id] for id in batch]), strict=True):
+                    if not done(id):
+                        write_text_embedding(self.text_file(id), text)
+                bar.update(len(batch))
+        dist.barrier()  # another rank may write the clip
+
+    def text_file(self, id: str) -> Path:
+        return self.folder / "text" / f"{id}.safetensors"
+
+    def staged_text(self, id: str) -> torch.Tensor:
+        return read_text_embedding(self.text_file(id))
+
+    def write(self, id: str, latents, text, prompt: str, source: str):
+        if not self.has(id):
+            write_clip(self.folder, id, latents, text, prompt, source)
+        self.text_file(id).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def keeping(self):
+        """Says what is kept when a disk fills up."""
+        try:
+            yield
+        except OSError as error:
+            kept = sum(1 for _ in self.folder.glob("clips/*.safetensors"))
+            raise UserError(f"{error}\n{kept} finished clips are kept in {self.folder}; mend that and run "
+                            "the same command to continue") from None
+
+    def finish(self, entries: Iterable[dict]):
+        dist.barrier()
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.folder / "text", ignore_errors=True)
+            write_index(self.folder, entries)
+        dist.barrier()
 
 
 class Clips:
@@ -476,13 +525,16 @@ class Clips:
     def __init__(self, folder, root=None):
         self.folder, self.index = Path(folder), Path(folder) / "index.jsonl"
         if not self.index.exists():
-            raise UserError(f"{folder} is not a clip store: it has no index.jsonl")
+            if not (self.folder / "meta.json").exists():
+                raise UserError(f"{folder} is not a clip store: it has no index.jsonl")
+            command = shlex.join(self.meta().get("command", ()))
+            raise UserError(f"{folder} is not finished: its index.jsonl comes last; run again\n{command}")
         self.root = Path(root or self.folder.resolve().parent).resolve()
         self.offsets, self.kinds, offset = array("q"), [], 0
         with open(self.index, "rb") as f:
             for line in f:
-                if not line.endswith(b"\n"):  # still being written, or its writer was killed
-                    break
+                if not line.endswith(b"\n"):
+                    raise UserError(f"{self.index}:{len(self) + 1}: the last line is cut off")
                 # much cheaper than parsing, and as safe: within a JSON string these quotes would be escaped
                 kind = KIND.search(line)
                 if not kind:

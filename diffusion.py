@@ -1,10 +1,16 @@
 """Flow matching, its solvers, guidance, and autoregressive generation: the one place for this arithmetic.
 
     sigma = t / 1000 in 0 (clean) .. 1 (noise);  x_t = (1 - sigma) x0 + sigma noise;  v = noise - x0
+
+    sampling = Sampling(steps=20, guidance=6.0)
+    film = Film(vae, keep=12, reentry="first")
+    for first, latents in generate(model, [text], null, sampling, shape=(16, 60, 104), reenter=film.reenter):
+        video = film.show(latents)
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -32,10 +38,6 @@ def velocity(x0, noise):
     return noise - x0
 
 
-def x0_from_v(x, v, t):
-    return x - per_frame(t, x) * v
-
-
 def bell_weight(t, shift: float):
     """Self-Forcing's weight of the loss by noise level: most at t = 500, none at 1000, and 1 on average over
     the shifted grid of 1000 levels that training draws t from."""
@@ -46,25 +48,45 @@ def bell_weight(t, shift: float):
     return (bell(t) - grid.min()) / (grid - grid.min()).mean()
 
 
+# ----------------------------------------------------------------------------------------------------
+# solvers: solve(velocity, x, sigmas, noise) -> x at the last level. velocity(x, sigma) asks the model, and
+# noise(i) is fresh noise for step i, for those that want it
+
 def sigma_grid(steps: int, shift: float, solver: str = "euler") -> list[float]:
     """steps + 1 levels from noise to clean. UniPC works with log-SNR, infinite at both ends: like diffusers,
     it starts just below 1 and spaces its steps as if there were one more, at 1/1000."""
     if solver == "unipc":
         grid = [1 + i * (1 / 1000 - 1) / steps for i in range(steps)]
-        grid = [min(shifted(s, shift), 1 - 1e-6) for s in grid] + [0.0]
-    else:
-        grid = [shifted(1 - i / steps, shift) for i in range(steps + 1)]
-    return grid
+        return [min(shifted(s, shift), 1 - 1e-6) for s in grid] + [0.0]
+    return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
 
 
-def euler(sigmas: list[float]):
-    def step(i, x, v):
-        return x + v * (sigmas[i + 1] - sigmas[i])
-    return step
+def euler(velocity, x, sigmas, noise=None):
+    for sigma, following in pairwise(sigmas):
+        x = x + velocity(x, sigma) * (following - sigma)
+    return x
 
 
-def unipc(sigmas: list[float]):
-    """UniPC of order 2 (B2, predicting x0) for flows; every call corrects the last step, then takes one."""
+def heun(velocity, x, sigmas, noise=None):
+    """Of order 2, for twice the work: the mean of the velocities at both ends of a step, but for the last."""
+    for sigma, following in pairwise(sigmas):
+        v = velocity(x, sigma)
+        if following:
+            v = (v + velocity(x + v * (following - sigma), following)) / 2
+        x = x + v * (following - sigma)
+    return x
+
+
+def renoise(velocity, x, sigmas, noise):
+    """The sampler of models distilled to a few steps: predict x0, then noise that to the next level."""
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        x0 = x - velocity(x, sigma) * sigma
+        x = (1 - following) * x0 + following * noise(i) if following else x0
+    return x
+
+
+def unipc(velocity, x, sigmas, noise=None):
+    """UniPC of order 2 (B2, predicting x0) for flows: every step first corrects the one before it."""
     logsnr = [math.log(1 - s) - math.log(s) if s else math.inf for s in sigmas]
     predictions, corrected, last = [], [], len(sigmas) - 1  # x0 predicted and x corrected, by step
 
@@ -87,136 +109,141 @@ def unipc(sigmas: list[float]):
         rho = (b1 - b2) / (1 - r)  # of rho + rho2 = b1, r rho + rho2 = b2
         return x - (predictions[i - 2] - predictions[i - 1]) * (rho * scale / r) - new * ((b1 - rho) * scale)
 
-    def step(i, x, v):
-        predictions.append(x - v * sigmas[i])
+    for i in range(last):
+        predictions.append(x - velocity(x, sigmas[i]) * sigmas[i])
         corrected.append(correct(i, x) if i else x)
         x, scale = base(i, corrected[i])
         if order(i) == 2:
             r = (logsnr[i - 1] - logsnr[i]) / (logsnr[i + 1] - logsnr[i])
             x = x - (predictions[i - 1] - predictions[i]) * (0.5 * scale / r)
-        return x
-    return step
+    return x
 
 
-SOLVERS = {"euler": euler, "unipc": unipc}
+SOLVERS = {"euler": euler, "heun": heun, "unipc": unipc, "renoise": renoise}
 
 
 # ----------------------------------------------------------------------------------------------------
-# guidance: the velocity is a weighted sum over branches, which differ in their text and in how noisy a
-# history they are shown. All run as one batch.
+# guidance
 
-def guidance_branches(guidance: float, context_noise: float = 0.0, history: float = 0.0, history_level=0.8):
-    """[(is conditional, history's noise level, weight)]
+@dataclass(frozen=True)
+class Sampling:
+    """What a sampler is told."""
+    steps: int = 20  # of the solver, for each chunk
+    shift: float = 8.0  # of the noise levels, as in training
+    guidance: float = 6.0  # towards the prompt; 1 is none
+    solver: str = "euler"  # one of SOLVERS
+    context_noise: float = 0.0  # the noise level finished frames are shown at (sigma_test)
+    history: float = 0.0  # weight of history guidance; 0 is none
+    history_level: float = 0.8  # the noise level of its partly hidden history
 
-    guidance        v_null + w (v_text - v_null); one branch is enough for w = 1
-    context_noise   the level all of the history is shown at (sigma_test)
-    history         history guidance, + w_hg (v_null(history at history_level) - v_null(history all noise))
+
+def guidance_branches(s: Sampling) -> list[tuple[bool, float, float]]:
+    """The paper's Eq. 4 as [(is conditional, noise level of the history, weight)]: the guided velocity is a
+    weighted sum over branches, which differ in their text and in how noisy a history they are shown.
+
+        v(history, null) + w_text (v(history, text) - v(history, null))
+                         + w_hg (v(history at history_level, null) - v(noise for a history, null))
     """
-    branches = [(True, context_noise, guidance)]
-    if guidance != 1:
-        branches += [(False, context_noise, 1 - guidance)]
-    if history:
-        branches += [(False, history_level, history), (False, 1.0, -history)]
+    branches = [(True, s.context_noise, s.guidance)]
+    if s.guidance != 1:
+        branches += [(False, s.context_noise, 1 - s.guidance)]
+    if s.history:
+        branches += [(False, s.history_level, s.history), (False, 1.0, -s.history)]
     return branches
+
+
+class History:
+    """The frames of a window so far, in a KV cache that holds every branch of the guidance as one batch."""
+
+    def __init__(self, model, cache, text, branches):
+        self.model, self.cache, self.text, self.shown = model, cache, text, 0  # shown: frames in the cache
+        device = text.device
+        self.levels = 1000.0 * torch.tensor([level for _, level, _ in branches], device=device)
+        self.weights = torch.tensor([w for *_, w in branches], device=device).view(-1, 1, 1, 1, 1, 1)
+
+    def show(self, x, sizes, noise=None):
+        """Writes finished frames, chunks of these sizes, into every branch at that branch's noise level."""
+        t = self.levels.repeat_interleave(len(x))[:, None].expand(-1, x.shape[1])
+        x = self.for_each(x)
+        if noise is not None:
+            x = add_noise(x, self.for_each(noise), t)
+        self.model(x, t, self.text, chunk=sizes, cache=self.cache, start=self.shown)
+        self.shown += x.shape[1]
+
+    def velocity(self, x, sigma: float):
+        """The guided velocity of the chunk that comes next."""
+        (batch, size), branches = x.shape[:2], len(self.levels)
+        t = torch.full((branches * batch, size), 1000 * sigma, device=x.device)
+        v = self.model(self.for_each(x), t, self.text, chunk=(size,), cache=self.cache, start=self.shown)
+        return (self.weights * v.unflatten(0, (branches, batch))).sum(0)
+
+    def for_each(self, x):
+        return x.repeat(len(self.levels), 1, 1, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
 # generation
 
 @torch.no_grad()
-def generate(model, text, null=None, *, shape, seed: int = 0, ids=None, frames: int = 21, context=None,
-             chunk: int = 3, steps: int = 20, shift: float = 8.0, guidance: float = 6.0, solver="euler",
-             context_noise: float = 0.0, history: float = 0.0, history_level: float = 0.8,
-             window: int = 21, keep: int = 12, reentry: str = "first", vae=None,
-             on_chunk: Callable | None = None) -> torch.Tensor:
-    """Latents [B, frames, C, H, W], chunk by chunk; each sees those before it through the KV cache.
+def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, context=None, seed: int = 0,
+             ids=None, chunk: int = 3, window: int = 21, keep: int = 12, reenter=None):
+    """Yields (first frame, latents [B, f, C, H, W]): the context if there is one, then chunk by chunk; each
+    sees those before it through the KV cache.
 
     text      B embeddings [n, text_dim], or [(first latent frame, B embeddings), ...] in rising order: the
               text changes at the first window slide at or after that frame
-    null      the embedding guidance pushes away from (the empty prompt's)
+    null      the embedding guidance pushes away from (the empty prompt's); None if there is no guidance
     shape     (C, H, W) of a latent frame
-    ids       a name for each sample: its noise is a function of (seed, id, chunk), whatever the batch
     context   latents [B, f, C, H, W] to continue; one frame (an image) makes chunks 1, 3, 3, ...
+    ids       a name for each sample: its noise is a function of (seed, id, chunk), whatever the batch
     window    what the model sees at once; when full, its last `keep` frames begin the next one
-    reentry   as-is: as they are; all: decoded and encoded anew; first: only the first of them, as the image
-              that the VAE expects at the front. The last two need vae
-    vae       also decodes each finished chunk, as a stream
-    on_chunk  called as on_chunk(first frame, latents [B, f, C, H, W], their video [B, T, 3, H, W] or None)
+    reenter   a function of those frames, [B, keep, C, H, W], to what the next window is shown of them
     """
     schedule = text if isinstance(text[0], tuple) else [(0, text)]
-    batch = len(schedule[0][1])
+    batch, device = len(schedule[0][1]), model.head.modulation.device
     ids = list(range(batch)) if ids is None else ids
-    device = model.head.modulation.device
-    branches = guidance_branches(guidance, context_noise, history, history_level)
-    sigmas = sigma_grid(steps, shift, solver)
-    t_grid = 1000 * torch.tensor(sigmas, dtype=torch.float32, device=device)
-    weights = torch.tensor([w for _, _, w in branches], device=device).view(-1, 1, 1, 1, 1, 1)
     begin = 0 if context is None else context.shape[1]
-    check_plan(begin, frames, chunk, window, keep, reentry, vae)
+    branches = guidance_branches(sampling)
+    check_plan(begin, frames, chunk, window, keep)
     if len(ids) != batch or (begin and len(context) != batch):
         raise ValueError(f"{batch} prompts need {batch} ids and contexts, not {len(ids)} ids")
     if null is None and len(branches) > 1:
         raise ValueError("guidance needs the embedding of the empty prompt")
     texts = [(first, branch_text(rows, null, branches).to(device)) for first, rows in schedule]
-
     cache = model.new_cache(batch * len(branches), window, *shape[1:])
-    latents = torch.empty(batch, frames, *shape, device=device)
-    decode = decoder(vae) if vae else lambda z: None
-    tail = None  # the video of the last `keep` latent frames
+    sigmas = sigma_grid(sampling.steps, sampling.shift, sampling.solver)
 
     def draw(name, first, size):  # [B, size, C, H, W], the same in any batch, on any rank and device
         noise = [torch.randn(size, *shape, generator=rng(seed, name, i, first)) for i in ids]
         return torch.stack(noise).to(device)
 
-    def remember(first, x, position, sizes):
-        """Write finished frames into every branch's cache, at that branch's noise level."""
-        levels = 1000.0 * torch.tensor([level for _, level, _ in branches], device=device)
-        t = levels.repeat_interleave(batch)[:, None].expand(-1, x.shape[1])
-        x = x.repeat(len(branches), 1, 1, 1, 1)
-        if any(level for _, level, _ in branches):
-            noise, at = [], first
-            for size in sizes:  # a chunk's noise stays the same when a later window shows it again
-                noise.append(draw("context", at, size))
-                at += size
-            x = add_noise(x, torch.cat(noise, 1).repeat(len(branches), 1, 1, 1, 1), t)
-        model(x, t, current, chunk=sizes, cache=cache, start=position)
+    def show(first, x, sizes):
+        noise = None
+        if any(level for _, level, _ in branches):  # a chunk's stays the same when a later window shows it
+            starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
+            noise = torch.cat([draw("context", *place) for place in zip(starts, sizes, strict=True)], 1)
+        history.show(x, sizes, noise)
 
-    def finish(first, x):
-        nonlocal tail
-        latents[:, first:first + x.shape[1]] = x
-        video = decode(x)
-        if video is not None and reentry != "as-is":
-            tail = video if tail is None else torch.cat([tail, video], 1)
-            tail = tail[:, -vae.frame_count(keep):]
-        if on_chunk:
-            on_chunk(first, x, video)
-
-    current, origin, at = texts[0][1], 0, begin  # origin: the frame at the window's position 0
+    history, origin, at = History(model, cache, texts[0][1], branches), 0, begin  # origin: the window's first
+    latest = torch.empty(batch, 0, *shape, device=device)
     if begin:
-        finish(0, context.to(device, torch.float32))
-        remember(0, latents[:, :begin], 0, leading_sizes(begin, chunk))
+        latest = context.to(device, torch.float32)
+        yield 0, latest
+        show(0, latest, leading_sizes(begin, chunk))
     while at < frames:
         size = min(chunk, frames - at)
         if at - origin + size > window:
-            origin = at - keep
+            origin, latest = at - keep, latest[:, -keep:]
             current = [rows for first, rows in texts if first <= at][-1]
-            kept = latents[:, origin:at].clone()
-            if reentry == "first":
-                kept[:, :1] = vae.encode(tail[:, :1])
-            elif reentry == "all":
-                kept = vae.encode(tail)
-            remember(origin, kept, 0, chunk_sizes(keep, chunk))
-        x, step = draw("noise", at, size), SOLVERS[solver](sigmas)
-        for i in range(steps):
-            t = t_grid[i].expand(batch * len(branches), size)
-            v = model(x.repeat(len(branches), 1, 1, 1, 1), t, current, chunk=(size,), cache=cache,
-                      start=at - origin)
-            x = step(i, x, (weights * v.unflatten(0, (len(branches), batch))).sum(0))
+            history = History(model, cache, current, branches)
+            show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
+        x = SOLVERS[sampling.solver](history.velocity, draw("noise", at, size), sigmas,
+                                     lambda i, at=at, size=size: draw(f"noise of step {i}", at, size))
+        yield at, x
+        latest = torch.cat([latest, x], 1)[:, -keep:]
         if at + size < frames and at + size + chunk - origin <= window:  # else nobody would read it
-            remember(at, x, at - origin, (size,))
-        finish(at, x)
+            show(at, x, (size,))
         at += size
-    return latents
 
 
 def branch_text(rows, null, branches):
@@ -230,27 +257,7 @@ def leading_sizes(frames: int, chunk: int) -> tuple[int, ...]:
     return (frames % chunk,) * (frames % chunk > 0) + (chunk,) * (frames // chunk)
 
 
-def decoder(vae):
-    """A function from each next chunk of latents to its video, keeping the VAE's state in between."""
-    inbox, done = [], 0
-
-    def chunks():
-        while True:
-            yield inbox.pop()
-    stream = vae.decode_stream(chunks())
-
-    def decode(latents):
-        nonlocal done
-        inbox.append(latents)
-        pieces, due = [], vae.frame_count(done + latents.shape[1]) - vae.frame_count(done)
-        while sum(piece.shape[1] for piece in pieces) < due:
-            pieces.append(next(stream))
-        done += latents.shape[1]
-        return torch.cat(pieces, 1)
-    return decode
-
-
-def check_plan(begin, frames, chunk, window, keep, reentry, vae):
+def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int):
     if begin > window - chunk:
         raise UserError(f"a context of {begin} latent frames leaves no room in a window of {window}; give at "
                         f"most {(window - chunk) // chunk * chunk}")
@@ -260,9 +267,31 @@ def check_plan(begin, frames, chunk, window, keep, reentry, vae):
                         f"{less} or {less + chunk}")
     if keep % chunk or not 0 < keep <= window - chunk:
         raise UserError(f"a window of {window} cannot keep {keep} frames; keep a multiple of {chunk} below")
-    if frames > window and reentry != "as-is" and vae is None:
-        raise UserError(f"{frames} latent frames need a second window, and re-entry {reentry!r} needs the "
-                        "VAE; give it, or use as-is")
+
+
+class Film:
+    """The video of a stream of latents, and the way from its end back into the next window.
+
+    reentry   as-is: the kept latents as they are; all: their video encoded anew; first: only its first frame,
+              as the image that the VAE expects at the front
+    """
+
+    def __init__(self, vae, keep: int, reentry: str = "first"):
+        self.vae, self.keep, self.reentry = vae, keep, reentry
+        self.state, self.end = {}, None  # of the decoder; the video of the last `keep` latent frames
+
+    def show(self, latents):
+        """The video of the next latents, [B, T, 3, H, W] in [-1, 1]."""
+        video = self.vae.decode(latents, self.state)
+        if self.reentry != "as-is":
+            end = video if self.end is None else torch.cat([self.end, video], 1)
+            self.end = end[:, -self.vae.frame_count(self.keep):]
+        return video
+
+    def reenter(self, kept):
+        if self.reentry == "first":
+            return torch.cat([self.vae.encode(self.end[:, :1]), kept[:, 1:]], 1)
+        return self.vae.encode(self.end) if self.reentry == "all" else kept
 
 
 def drift_statistics(latents) -> dict[str, torch.Tensor]:

@@ -1,20 +1,19 @@
-"""Stage 5: videos/ -> report/, how far long videos drift: the paper's tables, curves over time, film strips.
+"""Stage 5: videos/ -> report/: how far long videos drift, in the paper's tables, curves, film strips.
 
     python eval_drift.py videos/                                    one method, into report/
-    python eval_drift.py DF=df/videos R3=r3/videos --out report     a row for each; any model's videos
+    python eval_drift.py DF=df/videos R3=r3/videos --out report     methods to compare, by any models
     python eval_drift.py videos/ --weights vbench/                  with VBench's networks: Table 1
-    python eval_drift.py videos/ --toy                              the toy world: is the sprite still there?
+    python eval_drift.py videos/ --toy                              toy videos: is the sprite still there?
     python eval_drift.py videos/ --model model_1 --data agg_0       also probe the model for exposure bias
     torchrun --nproc-per-node 8 eval_drift.py ...                   videos spread over 8 GPUs
 
-Without weights it reports colour, detail and motion, which need none. Every video's scores are kept in
-report/scores: killed and started again it continues, and weights added later score only what is new.
-Exit status 3: a video was skipped (the reason is listed; --allow-skips makes it 0).
+Without weight files it reports colour, detail and motion, which need none. Every video's scores are kept in
+report/scores: a killed run continues where it stopped, and weights added later compute only what is new.
+Exit status 3: a video was skipped, for the reason that is printed (0 with --allow-skips).
 """
 
 import functools
 import itertools
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -25,46 +24,46 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 import common
 import data
-import diffusion
 import metrics
-import model
+import probe
 import report
 import toy
-import vae
 from common import UserError, print0
+from metrics import gathered, mean, sem
 
 
 @dataclass
 class Config:
-    videos: tuple[str, ...] = common.positional()  # a folder for each method; NAME=folder gives it a name
-    out: str = "report"  # where the report goes
-    weights: str | None = None  # folder of VBench's weight files, looked in before VBench's own cache
-    vbench: tuple[str, ...] = ()  # result files of VBench itself; their scores take the place of ours
-    real: str | None = None  # folder of real videos: adds the Frechet distance to them
-    toy: bool = False  # the videos show the toy world: adds its sprite and background
-    extra: bool = False  # adds local contrast and flicker
-    stride: int = 4  # score every so many frames where no weights are needed; VBench takes all
-    batch: int = 32  # frames a network takes at once, which changes no score
-    allow_skips: bool = False  # exit with 0 although videos were skipped
-    model: tuple[str, ...] = ()  # models to probe for exposure bias; needs --data
-    data: str | None = None  # agg_k, for the probes
-    # seed clips that training held out, for the probes (default: as many as the model was trained without)
+    # folders of videos, one for each method to compare; NAME=folder sets the method's name in the report
+    videos: tuple[str, ...] = common.positional()
+    out: str = "report"  # folder for the report and the scores of each video
+    weights: str | None = None  # folder of VBench's weight files, searched before VBench's own cache folders
+    # result files written by VBench itself (*_eval_results.json); their scores replace those computed here
+    vbench: tuple[str, ...] = ()
+    real: str | None = None  # folder of real videos; adds each method's Frechet distance to them
+    toy: bool = False  # the videos show toy.py's world; adds whether its sprite and background last
+    extra: bool = False  # add local contrast and flicker
+    # score every n-th frame by the metrics that need no weights; VBench's networks see every frame
+    stride: int = 4
+    batch: int = 32  # frames that a network computes at once; changes speed and memory, not the scores
+    allow_skips: bool = False  # exit with status 0 even if videos were skipped
+    model: tuple[str, ...] = ()  # folders of models to probe for exposure bias; needs --data
+    data: str | None = None  # folder of clips (agg_k) whose held-out clips the probes use
+    # seed clips in --data that were held out of training, to probe with (default: as recorded with the model)
     held_out: int | None = None
-    clips: int = 16  # how many of them the probes take at most
-    wan: str | None = None  # Wan directory, for the probes' VAE (default: what --data was made with)
-    steps: int = 20  # of the solver, in the probes
-    guidance: float = 6.0  # in the probe of recovery; the other is about the model without guidance
-    shift: float = 8.0  # in the probes
-    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+    clips: int = 16  # number of held-out clips to probe each model with, at most
+    wan: str | None = None  # Wan directory of the probes' VAE (default: the one that --data was encoded with)
+    steps: int = 20  # solver steps for each chunk in the probes
+    guidance: float = 6.0  # guidance scale in the recovery probe; the loss probe works without guidance
+    shift: float = 8.0  # shift of the solver's noise levels in the probes
+    device: str | None = None  # cuda or cpu (default: cuda if available)
 
 
-VERSION = 2  # of the scores kept in scores/
-FLOOR = 1e-3  # smaller means count as this: a ratio to a share of 0.1 %, or to stillness, says no more
+VERSION = 2  # of the files in scores/
+FLOOR = 1e-3  # of means in a ratio: smaller ones, of rare pixels or still frames, would make it meaningless
 DEFINITIONS = {
     "score": "the whole video's: the mean over its frames, or as VBench defines it",
     "first": "mean of the first 20 % of frames",
@@ -97,27 +96,31 @@ def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
     if bool(cfg.model) != bool(cfg.data) or min(cfg.stride, cfg.batch, cfg.clips) < 1:
         raise UserError("--model and --data go together; --stride, --batch and --clips are at least 1")
-    folders, out = name_methods(cfg.videos), Path(cfg.out)
+    folders = name_methods(cfg.videos)
+    out = Path(cfg.out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        common.sweep(out)  # nobody writes before all have met in find_videos
+        common.sweep(out)  # no rank writes before find_videos, which waits for all ranks
     clips, skipped = find_videos(folders, cfg.toy, ranks)
     require(clips, skipped)
     print0(f"{len(clips)} videos in {', '.join(folders)}; {len(skipped)} skipped")
-    real, unreal = find_videos({"real": Path(cfg.real)}, False, ranks, alike=False) if cfg.real else ([], {})
+    real, real_skipped = [], {}
+    if cfg.real:
+        real, real_skipped = find_videos({"real": Path(cfg.real)}, False, ranks, same_kind=False)
     names = wanted(cfg, clips)
     scorers, missing = metrics.open_scorers(names, ranks.device, cfg.weights, cfg.stride, cfg.batch)
     missing |= {name: "needs frames of at least 128x128" for name in metrics.DIMENSIONS if name not in names}
     for name, reason in missing.items():
         print0(f"no {name}: {reason}")
-    shape = (clips[0].fps, (clips[0].width, clips[0].height))  # what real videos are brought to
-    plain = ["toy"] * cfg.toy + ["frechet"] * bool(cfg.real)
-    jobs = [Job(clip, score_file(out, clip, cfg.stride), scorers, plain) for clip in clips]
+    shape = (clips[0].fps, (clips[0].width, clips[0].height))  # to which real videos are resampled
+    features = ["toy"] * cfg.toy + ["frechet"] * bool(cfg.real)
+    jobs = [Job(clip, score_file(out, clip, cfg.stride), scorers, features) for clip in clips]
     jobs += [Job(clip, score_file(out, clip, cfg.stride, *shape), [], ["frechet"], *shape) for clip in real]
-    skipped |= unreal | score_all(jobs, cfg.stride, ranks)
-    clips, real = ([clip for clip in some if str(clip.path) not in skipped] for some in (clips, real))
+    skipped |= real_skipped | score_all(jobs, cfg.stride, ranks)
+    clips, real = ([c for c in group if str(c.path) not in skipped] for group in (clips, real))
     require(clips, skipped)
-    probes = {path: probe_once(cfg, path, ranks) for path in cfg.model}
+    settings = probe.Settings(cfg.data, cfg.wan, cfg.held_out, cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
+    probes = {path: probe.probe_once(path, settings, out / "scores", ranks) for path in cfg.model}
     if ranks.rank == 0:
         summary = summarise(cfg, clips, real, shape)
         report.write(out, summary | {"missing": missing, "skipped": skipped, "probes": probes}, clips)
@@ -127,11 +130,11 @@ def main(cfg: Config):
 
 
 # ----------------------------------------------------------------------------------------------------
-# which videos there are
+# the videos to score
 
 class Clip(NamedTuple):
     method: str
-    name: str  # path within its folder
+    name: str  # path within the method's folder
     path: Path
     fps: Fraction
     width: int
@@ -140,25 +143,25 @@ class Clip(NamedTuple):
     prompt: str
     begin: str | None  # the video or image that it continues
     seed: int | None
-    key: str  # of its bytes
+    key: str  # fingerprint of the file
 
 
-def require(clips, skipped):
+def require(clips: list[Clip], skipped: dict[str, str]):
     if not clips:
         raise UserError("no video can be scored: " + "; ".join(
             reason if path in reason else f"{path} {reason}" for path, reason in skipped.items()))
 
 
 def wanted(cfg: Config, clips: list[Clip]) -> list[str]:
-    """The metrics to show; RAFT and AMT cannot take frames below 128x128."""
+    """The metrics to report; RAFT and AMT cannot take frames below 128x128."""
     small = ("motion_smoothness", "dynamic_degree") * (min(min(c.width, c.height) for c in clips) < 128)
     names = [*metrics.FREE, *metrics.DIMENSIONS, *(metrics.OPTIONAL if cfg.extra else ())]
     return [name for name in names if name not in small]
 
 
-def name_methods(given) -> dict[str, Path]:
+def name_methods(folders: tuple[str, ...]) -> dict[str, Path]:
     methods = {}
-    for text in given:
+    for text in folders:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         folder = Path(folder)
         if not folder.is_dir():
@@ -170,14 +173,15 @@ def name_methods(given) -> dict[str, Path]:
     return methods
 
 
-def find_videos(folders: dict[str, Path], is_toy: bool, ranks, alike=True):
-    """([Clip] in order, {path: why it is skipped}); the same on all ranks. alike: of a size, per folder."""
+def find_videos(folders: dict[str, Path], is_toy: bool, ranks, same_kind=True):
+    """([Clip] in order, {path: why it is skipped}), the same on all ranks. same_kind: a method's videos must
+    agree in size and frame rate."""
     listed = [(method, path, text) for method, folder in folders.items()
-              for path, text in sorted(data.list_folder(folder), key=lambda found: str(found[0]))]
+              for path, text in sorted(data.list_folder(folder), key=lambda pair: str(pair[0]))]
     skipped = {str(folder): "holds no videos" for method, folder in folders.items()
                if not any(row[0] == method for row in listed)}
 
-    def look(method, path, text):
+    def read_clip(method, path, text):
         video, tags = data.probe(path), data.read_tags(path)
         if video.frames < 3:
             raise UserError(f"{path} has {video.frames} frames; 3 are the least that can drift")
@@ -189,22 +193,22 @@ def find_videos(folders: dict[str, Path], is_toy: bool, ranks, alike=True):
                     video.height, video.frames, prompt, tags.get("extend") or tags.get("image"),
                     tags.get("seed"), common.fingerprint(path))
 
-    found = []
-    for place, row in list(enumerate(listed))[ranks.rank::ranks.world]:
+    results = []  # (index, a Clip or why it is skipped)
+    for i, row in list(enumerate(listed))[ranks.rank::ranks.world]:
         try:
-            found.append((place, look(*row)))
+            results.append((i, read_clip(*row)))
         except UserError as error:
-            found.append((place, str(error)))
+            results.append((i, str(error)))
     clips = []
-    for place, clip in sorted(gathered(found, ranks), key=lambda pair: pair[0]):
+    for i, clip in sorted(gathered(results, ranks), key=lambda pair: pair[0]):
         if isinstance(clip, str):
-            skipped[str(listed[place][1])] = clip
+            skipped[str(listed[i][1])] = clip
         else:
             clips.append(clip)
     kinds = defaultdict(Counter)
     for clip in clips:
         kinds[clip.method][kind(clip)] += 1
-    for clip in clips if alike else ():  # within a method numbers must be comparable
+    for clip in clips if same_kind else ():  # scores of other sizes or rates could not be averaged
         usual = kinds[clip.method].most_common(1)[0][0]
         if kind(clip) != usual:
             skipped[str(clip.path)] = f"{kind(clip)}, where most of {clip.method} are {usual}"
@@ -215,34 +219,28 @@ def kind(clip: Clip) -> str:
     return f"{clip.width}x{clip.height} at {float(clip.fps):.5g} fps"
 
 
-def gathered(part: list, ranks) -> list:
-    """All ranks' lists in one."""
-    parts = [None] * ranks.world
-    dist.all_gather_object(parts, part)
-    return list(itertools.chain.from_iterable(parts))
-
-
 # ----------------------------------------------------------------------------------------------------
-# scoring: each video is decoded once, in pieces, for all scorers
+# scoring: each video is decoded once, in pieces that go to all scorers
 
 class Job(NamedTuple):
     clip: Clip
     file: Path
     scorers: list
-    plain: list[str]  # what is kept besides: toy, frechet
-    fps: Fraction | None = None  # to resample to
+    features: list[str]  # stored too: toy (toy.fit's readings), frechet
+    fps: Fraction | None = None  # to resample the video to
     size: tuple[int, int] | None = None
 
 
 def score_file(out: Path, clip: Clip, stride: int, *shape) -> Path:
-    """Named after what is in it: the same video elsewhere, or under another name, is not scored again."""
+    """Named after the file's bytes and the settings: a video that moves or is renamed is not scored again."""
     settings = f"{common.seed_of(VERSION, stride, str(shape)) % 16**8:08x}"
     return out / "scores" / f"{clip.key}-{settings}.safetensors"
 
 
 def score_all(jobs: list[Job], stride: int, ranks) -> dict[str, str]:
-    """Makes every job's file, and returns the videos that turned out to be damaged, with the reason."""
-    mine, errors = list({job.file: job for job in jobs}.values())[ranks.rank::ranks.world], []
+    """Makes every job's file. Returns {path: what is wrong} of videos that turned out to be damaged."""
+    mine = list({job.file: job for job in jobs}.values())[ranks.rank::ranks.world]
+    errors = []
     with common.progress(sum(job.clip.frames for job in mine), "frames", ranks) as bar:
         for job in mine:
             try:
@@ -256,22 +254,23 @@ def score_all(jobs: list[Job], stride: int, ranks) -> dict[str, str]:
 def score(job: Job, stride: int, device, bar):
     tensors, totals = read_scores(job.file)
     scorers = [s for s in job.scorers if not set(s.names) <= tensors.keys()]
-    plain = [name for name in job.plain if not any(key.partition(".")[0] == name for key in tensors)]
-    if not scorers and not plain:
+    features = [name for name in job.features if not any(key.partition(".")[0] == name for key in tensors)]
+    if not scorers and not features:
         bar.update(job.clip.frames)
         return
-    parts, seen = defaultdict(list), 0
+    parts = defaultdict(list)
+    seen = 0
     for scorer in scorers:
         scorer.start(float(job.fps or job.clip.fps))
     for piece in pieces(job):
         for scorer in scorers:
             scorer.add(piece)
-        some = piece[-seen % stride::stride]
-        if "toy" in plain and len(some):
-            for name, value in toy.fit(some).items():
+        sampled = piece[-seen % stride::stride]
+        if "toy" in features and len(sampled):
+            for name, value in toy.fit(sampled).items():
                 parts[f"toy.{name}"].append(value)
-        if "frechet" in plain and len(some):
-            parts["frechet"].append(metrics.frechet_features(some.to(device)).cpu())
+        if "frechet" in features and len(sampled):
+            parts["frechet"].append(metrics.frechet_features(sampled.to(device)).cpu())
         seen += len(piece)
         bar.update(len(piece))
     for scorer in scorers:
@@ -283,7 +282,7 @@ def score(job: Job, stride: int, device, bar):
 
 
 def pieces(job: Job, size: int = 32):
-    """uint8 [n,3,H,W], decoded ahead by a thread."""
+    """uint8 [n,3,H,W] until the video ends, decoded ahead by a thread."""
     frames = data.read_frames(data.probe(job.clip.path), job.fps, job.size)
     for _, piece in common.ahead(lambda _: list(islice(frames, size)), itertools.count(), workers=1):
         if not piece:
@@ -299,28 +298,15 @@ def read_scores(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# from curves to numbers
-
-def mean(values) -> float:
-    """Of what there is: nan marks frames without a value."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else math.nan
-
-
-def sem(values) -> float:
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else math.nan
-
+# statistics: from curves to the numbers of the report
 
 def prompt_of(video: dict) -> tuple:
     return video["prompt"], video["begin"]
 
 
 def by_prompt(column: list[tuple]) -> np.ndarray:
-    """[(prompt, value)] -> a mean for each prompt that has one. Videos of one prompt resemble each other, so
-    that only prompts are independent of each other."""
+    """[(prompt, value)] -> the mean of each prompt, but for prompts without values. Videos of one prompt
+    resemble each other: only prompts are independent samples."""
     groups = defaultdict(list)
     for prompt, value in column:
         groups[prompt].append(value)
@@ -329,7 +315,7 @@ def by_prompt(column: list[tuple]) -> np.ndarray:
 
 
 def summaries(value: np.ndarray, total: float | None = None) -> dict[str, float]:
-    """DEFINITIONS of one video's curve."""
+    """Of one video's curve, as DEFINITIONS has it; drift is that of the paper's Table 1."""
     n20, n15 = max(1, int(0.2 * len(value))), max(1, int(0.15 * len(value)))
     first, last = mean(value[:n20]), mean(value[-n20:])
     ratio = math.log(np.maximum(last, FLOOR) / np.maximum(first, FLOOR))
@@ -339,7 +325,7 @@ def summaries(value: np.ndarray, total: float | None = None) -> dict[str, float]
 
 
 def read_curves(cfg: Config, clip: Clip, names: list[str]):
-    """({metric: (frame, value)}, {metric: total}, features for the Frechet distance) of one video."""
+    """({metric: (frame, value)}, {metric: total}, features for the Frechet distance or None) of a video."""
     tensors, totals = read_scores(score_file(Path(cfg.out), clip, cfg.stride))
     curves = {name: tensors[name].numpy() for name in names if name in totals}
     if cfg.toy:
@@ -351,8 +337,10 @@ def read_curves(cfg: Config, clip: Clip, names: list[str]):
 
 
 def summarise(cfg: Config, clips: list[Clip], real: list[Clip], shape) -> dict:
-    """Everything the report shows: videos, means over them, curves over time, pairs, distances."""
-    videos, features, names = [], defaultdict(lambda: [[] for _ in range(5)]), wanted(cfg, clips)
+    """All that the report shows: videos, means over them, curves over time, paired differences, distances."""
+    names = wanted(cfg, clips)
+    videos = []
+    fifths = defaultdict(lambda: [[] for _ in range(5)])  # {method: Frechet features by fifths of the time}
     for clip in clips:
         curves, totals, frechet = read_curves(cfg, clip, names)
         videos.append({"method": clip.method, "name": clip.name, "prompt": clip.prompt, "begin": clip.begin,
@@ -360,34 +348,36 @@ def summarise(cfg: Config, clips: list[Clip], real: list[Clip], shape) -> dict:
                        "size": f"{clip.width}x{clip.height}", "curves": curves,
                        "metrics": {name: summaries(c[1], totals.get(name)) for name, c in curves.items()}})
         if cfg.real:
-            for window, rows in zip(features[clip.method], frechet.tensor_split(5), strict=True):
-                window.append(rows)
+            for fifth, rows in zip(fifths[clip.method], frechet.tensor_split(5), strict=True):
+                fifth.append(rows)
     for file in cfg.vbench:
         merge_vbench(file, clips, videos)
-    for known in (video["metrics"] for video in videos):
+    for scores in (video["metrics"] for video in videos):
         for name, parts in metrics.QUALITIES.items():
-            if all(p in known for p in parts):
-                known[name] = {"score": mean([metrics.SCALE.get(p, 100) * known[p]["score"] for p in parts])}
+            if all(p in scores for p in parts):
+                points = [metrics.SCALE.get(p, 100) * scores[p]["score"] for p in parts]
+                scores[name] = {"score": mean(points)}
     rows = {method: [v for v in videos if v["method"] == method] for method in dict.fromkeys(
         video["method"] for video in videos)}
     frechet = {}
     if cfg.real:
         stored = [read_scores(score_file(Path(cfg.out), clip, cfg.stride, *shape))[0] for clip in real]
         reference = torch.cat([tensors["frechet"] for tensors in stored])
-        frechet = {method: [metrics.frechet_distance(reference, torch.cat(window))
-                            for window in features[method]] for method in rows}
+        frechet = {method: [metrics.frechet_distance(reference, torch.cat(fifth))
+                            for fifth in fifths[method]] for method in rows}
     explained = metrics.FREE | metrics.DIMENSIONS | metrics.OPTIONAL | toy.READINGS
     return {"version": VERSION, "definitions": DEFINITIONS, "settings": {
                 k: v for k, v in asdict(cfg).items() if k not in ("out", "device", "allow_skips")},
             "metrics": {k: v for k, v in explained.items() if k in names or (cfg.toy and k in toy.READINGS)},
-            "mean": {method: over_videos(own, mean) for method, own in rows.items()},
-            "sem": {method: over_videos(own, sem) for method, own in rows.items()},
+            "mean": {method: over_videos(group, mean) for method, group in rows.items()},
+            "sem": {method: over_videos(group, sem) for method, group in rows.items()},
             "paired": [compare(rows[a], rows[b]) for a, b in itertools.combinations(rows, 2)],
-            "frechet": frechet, "curves": {method: binned(own) for method, own in rows.items()},
+            "frechet": frechet, "curves": {method: binned(group) for method, group in rows.items()},
             "videos": videos}
 
 
 def over_videos(videos: list[dict], statistic) -> dict:
+    """{metric: {definition: the statistic of its means by prompt}}"""
     columns = defaultdict(lambda: defaultdict(list))
     for video in videos:
         for name, row in video["metrics"].items():
@@ -398,215 +388,78 @@ def over_videos(videos: list[dict], statistic) -> dict:
 
 
 def merge_vbench(file: str, clips: list[Clip], videos: list[dict]):
-    """Puts the scores of VBench's result file in place of ours, by folder and file name."""
-    results, places = common.read_json(file), defaultdict(list)
-    for place, clip in enumerate(clips):
-        places[clip.path.resolve().parent.name, clip.path.name].append(place)
+    """Puts the scores in VBench's result file in place of those computed here, by folder and file name."""
+    results = common.read_json(file)
+    by_name = defaultdict(list)
+    for i, clip in enumerate(clips):
+        by_name[clip.path.resolve().parent.name, clip.path.name].append(i)
     for name, result in results.items():
         if name not in metrics.DIMENSIONS or not isinstance(result, list) or len(result) != 2:
             raise UserError(f"{file}: {name} is none of VBench's six custom-input dimensions")
-        given, touched = {}, set()
+        scores = {}  # {index of a clip: its score}
         for row in result[1]:
             path = Path(row["video_path"]).resolve()
-            likely = places[path.parent.name, path.name]
-            likely = [place for place in likely if clips[place].path.resolve() == path] or likely
-            if len(likely) > 1:
-                raise UserError(f"{file}: {path} may be {' or '.join(str(clips[p].path) for p in likely)}; "
+            matches = by_name[path.parent.name, path.name]
+            matches = [i for i in matches if clips[i].path.resolve() == path] or matches
+            if len(matches) > 1:
+                raise UserError(f"{file}: {path} may be {' or '.join(str(clips[i].path) for i in matches)}; "
                                 "rename a folder")
-            given |= dict.fromkeys(likely, float(row["video_results"]))
-            touched |= {clips[place].method for place in likely}
-        if not given:
+            scores |= dict.fromkeys(matches, float(row["video_results"]))
+        if not scores:
             raise UserError(f"{file}: {name} is about none of these videos; folder and file names must agree")
-        for place, clip in enumerate(clips):  # a method's column is all VBench's, or all ours
-            if clip.method in touched and place not in given:
+        replaced = {clips[i].method for i in scores}
+        for i, clip in enumerate(clips):  # a method's column is all VBench's, or all computed here
+            if clip.method in replaced and i not in scores:
                 raise UserError(f"{file}: {name} lacks {clip.path}; score the whole folder with VBench")
-            if place in given:
-                videos[place]["metrics"].setdefault(name, {})["score"] = given[place]
+            if i in scores:
+                videos[i]["metrics"].setdefault(name, {})["score"] = scores[i]
 
 
 def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
     """How method b differs from a on the videos that both made."""
-    both = report.partners(rows_a, rows_b)
+    pairs = report.partners(rows_a, rows_b)
     gaps = defaultdict(lambda: defaultdict(list))
-    for video, other in both:
+    for video, other in pairs:
         a, b = video["metrics"], other["metrics"]
         for name in a.keys() & b.keys():
             for what in a[name].keys() & b[name].keys():
                 gaps[name][what].append((prompt_of(video), b[name][what] - a[name][what]))
     gaps = {name: {what: interval(by_prompt(column[what])) for what in DEFINITIONS if what in column}
             for name, column in sorted(gaps.items())}
-    return {"a": rows_a[0]["method"], "b": rows_b[0]["method"], "pairs": len(both),
-            "prompts": len({prompt_of(video) for video, _ in both}), "b_minus_a": gaps}
+    return {"a": rows_a[0]["method"], "b": rows_b[0]["method"], "pairs": len(pairs),
+            "prompts": len({prompt_of(video) for video, _ in pairs}), "b_minus_a": gaps}
 
 
 def interval(gap: np.ndarray) -> dict | None:
     """The mean of independent differences and its 95 % interval."""
     if len(gap) < 2:
         return None
-    middle, reach = mean(gap), t_quantile(len(gap) - 1) * sem(gap)
-    return {"interval": [middle, middle - reach, middle + reach], "prompts": len(gap)}
+    middle, half_width = mean(gap), t_quantile(len(gap) - 1) * sem(gap)
+    return {"interval": [middle, middle - half_width, middle + half_width], "prompts": len(gap)}
 
 
 @functools.cache
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % point of Student's t; if t is freedom**0.5 tan(u), u's density is cos(u)**(freedom - 1)."""
+    """The 97.5 % quantile of Student's t; if t = freedom**0.5 tan(u), u has density cos(u)**(freedom - 1)."""
     u = np.linspace(0, math.pi / 2, 100_001)
     share = np.cumsum(np.cos((u[1:] + u[:-1]) / 2)**(freedom - 1))
     return freedom**0.5 * math.tan(np.interp(0.95 * share[-1], share, u[1:]))
 
 
 def binned(rows: list[dict]) -> dict[str, np.ndarray]:
-    """{metric: [3, bins]}: seconds, mean over prompts, its standard error; bins of 2 s, but at least 10."""
+    """{metric: [3, bins]}: seconds, mean over prompts, its standard error; at least 10 bins, of about 2 s."""
     seconds = max(row["frames"] / row["fps"] for row in rows)
     count = max(10, round(seconds / 2))
-    edges, bins = np.linspace(0, seconds, count + 1)[1:-1], defaultdict(lambda: [[] for _ in range(count)])
+    edges = np.linspace(0, seconds, count + 1)[1:-1]
+    bins = defaultdict(lambda: [[] for _ in range(count)])
     for row in rows:
         for name, (frame, value) in row["curves"].items():
-            place = np.digitize(frame / row["fps"], edges)
+            bin_of = np.digitize(frame / row["fps"], edges)
             for i, column in enumerate(bins[name]):
-                column.append((prompt_of(row), mean(value[place == i])))
+                column.append((prompt_of(row), mean(value[bin_of == i])))
     middle = (np.arange(count) + 0.5) * seconds / count
     return {name: np.array([middle, *([f(by_prompt(column)) for column in columns] for f in (mean, sem))])
             for name, columns in bins.items()}
-
-
-# ----------------------------------------------------------------------------------------------------
-# exposure bias, seen from inside: probes that need the model
-
-LEVELS = (100, 300, 500, 700, 900)
-CONTEXT, CHUNK, AHEAD = 12, 3, 9  # latent frames of context and of a chunk; chunks to continue
-
-
-def saturate(video):
-    grey = (video * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(3, 1, 1)).sum(-3, True)
-    return (grey + 2 * (video - grey)).clamp(-1, 1)
-
-
-def blur(video):
-    small = F.avg_pool2d(video.flatten(0, 1), 4)
-    return F.interpolate(small, video.shape[-2:], mode="bilinear").view_as(video)
-
-
-def add_grain(video):
-    grain = torch.randn(video.shape, generator=common.rng("grain")).to(video.device)
-    return (video + 0.2 * grain).clamp(-1, 1)
-
-
-SPOILT = {"untouched": lambda video: video, "saturated": saturate, "blurred": blur, "noisy": add_grain}
-STATISTICS = ("mean", "std", "saturation", "detail")
-
-
-def probe_once(cfg: Config, path: str, ranks) -> dict:
-    """probe_model's results, which are kept beside the scores."""
-    store = data.Clips(cfg.data)
-    chosen = unseen_clips(cfg, path, store)
-    what = (VERSION, common.fingerprint(*model.find_weights(path)), common.fingerprint(store.index),
-            store.meta(), cfg.wan, chosen, cfg.steps, cfg.guidance, cfg.shift)
-    file = Path(cfg.out, "scores", f"probes-{common.seed_of(*what):x}.json")
-    dist.barrier()
-    if not file.exists():
-        found = probe_model(cfg, path, store, chosen, ranks)
-        if ranks.rank == 0:
-            common.write_text(file, json.dumps(found) + "\n")
-    dist.barrier()
-    return common.read_json(file)
-
-
-def unseen_clips(cfg: Config, path: str, store: data.Clips) -> list[int]:
-    """Places of the seed clips to probe with: those it was trained on would flatter the model."""
-    trained = model.settings(path).get("held_out", data.HELD_OUT)
-    count = trained if cfg.held_out is None else cfg.held_out
-    chosen = data.held_out(store, count)[:cfg.clips]
-    if not chosen:
-        raise UserError(f"{cfg.data}: the probes need seed clips that {path} was not trained on, and none "
-                        "are held out; train with --held-out, or give --data of other videos and --held-out")
-    if store.meta()["latents"][0] < CONTEXT + CHUNK:
-        raise UserError(f"{cfg.data}: the probes need clips of at least {CONTEXT + CHUNK} latent frames")
-    return chosen
-
-
-def probe_model(cfg: Config, path: str, store: data.Clips, chosen: list[int], ranks) -> dict:
-    """How unlike real videos the model's own are, by its loss, and how soon it gets over a spoilt context."""
-    coder = vae.load(cfg.wan or store.meta()["wan"], ranks.device)
-    net = model.load(path, ranks.device)
-    null = data.read_text_embedding(Path(cfg.data, "empty.safetensors")).float().to(ranks.device)
-    results = []
-    with common.progress(len(chosen[ranks.rank::ranks.world]), "probes", ranks) as bar:
-        for i in chosen[ranks.rank::ranks.world]:
-            clip = store.load(i)
-            x, text = (clip[k].float().to(ranks.device)[None] for k in ("latents", "text"))
-            own = (net, x, text, null, clip["id"], cfg)
-            results.append((i, own_minus_real(*own), *recovery(coder, *own)))
-            bar.update()
-    _, gaps, real, spoilt = zip(*sorted(gathered(results, ranks)), strict=True)
-    spoilt = np.array(spoilt)  # [clips, kinds, chunks, statistics]
-    low, high = np.quantile(np.concatenate(real), (0.05, 0.95), axis=0)
-    back = ((spoilt >= low) & (spoilt <= high)).all(-1)  # [clips, kinds, chunks]
-    took = np.where(back.any(-1), back.argmax(-1) + 1, AHEAD + 1)
-    by_chunk = zip(("first", "last"), np.array(gaps).transpose(1, 2, 0), strict=True)  # [levels, clips] each
-    return {"clips": len(gaps), "levels": LEVELS,
-            "own_minus_real": {chunk: {"mean": [*map(mean, rows)], "sem": [*map(sem, rows)]}
-                               for chunk, rows in by_chunk},
-            "range": dict(zip(STATISTICS, np.stack([low, high], 1).tolist(), strict=True)),
-            "recovery": {name: {"chunks": float(took[:, k].mean()), "sem": sem(took[:, k]),
-                                "within": back[:, k].mean(0).tolist()} for k, name in enumerate(SPOILT)}}
-
-
-def sampling(cfg: Config, x) -> dict:
-    return {"shape": tuple(x.shape[2:]), "chunk": CHUNK, "steps": cfg.steps, "shift": cfg.shift,
-            "guidance": cfg.guidance}
-
-
-@torch.no_grad()
-def own_minus_real(net, x, text, null, id: str, cfg: Config) -> list[list[float]]:
-    """Loss on the model's own continuation of x's first chunk minus loss on x itself, of the first and the
-    last chunk after it, at LEVELS. Each is seen behind what truly came before it: if own videos are
-    distributed as real ones, so are the losses. Guidance or a coarse solver would change the former."""
-    x = x[:, :7 * CHUNK]  # what fits into one window
-    own = diffusion.generate(net, [text[0]], null, ids=[id], context=x[:, :CHUNK], frames=x.shape[1],
-                             **sampling(cfg, x) | {"guidance": 1.0, "solver": "unipc"})
-    both = torch.cat([own, x])
-    noise = torch.randn(x.shape, generator=common.rng("gap", id)).to(x.device)
-    gaps = []
-    for end in (2 * CHUNK, x.shape[1]):
-        videos, t, gap = both[:, :end], torch.zeros(2, end, device=x.device), []
-        for level in LEVELS:
-            t[:, -CHUNK:] = level
-            v = net(diffusion.add_noise(videos, noise[:, :end], t), t, text.expand(2, -1, -1), chunk=CHUNK)
-            off = (v - diffusion.velocity(videos, noise[:, :end]))[:, -CHUNK:]
-            own_loss, real_loss = off.square().mean((1, 2, 3, 4)).tolist()
-            gap.append(own_loss - real_loss)
-        gaps.append(gap)
-    return gaps
-
-
-@torch.no_grad()
-def recovery(coder, net, x, text, null, id: str, cfg: Config) -> tuple[list, list]:
-    """STATISTICS of the real clip's chunks, and of the chunks continuing its first 4 when SPOILT."""
-    video = coder.decode(x)
-    context = video[:, :coder.frame_count(CONTEXT)]
-    spoilt = torch.cat([coder.encode(spoil(context)) for spoil in SPOILT.values()])
-    chunks = []
-    diffusion.generate(net, [text[0]] * len(SPOILT), null, ids=[id] * len(SPOILT), context=spoilt,
-                       frames=CONTEXT + AHEAD * CHUNK, vae=coder, **sampling(cfg, x),
-                       on_chunk=lambda first, z, v: chunks.append(statistics(z, v)))
-    ends = [coder.frame_count(f) for f in range(0, x.shape[1] + 1, CHUNK)]
-    real = [statistics(z, video[:, a:b])[0]
-            for z, a, b in zip(x.split(CHUNK, 1), ends[:-1], ends[1:], strict=True)]
-    return real, np.stack(chunks[1:], 1).tolist()  # without the context: [kinds, chunks, statistics]
-
-
-def statistics(latents, video) -> list[list[float]]:
-    drift = diffusion.drift_statistics(latents)
-    [scorer] = metrics.open_scorers(["saturation", "detail"], stride=1)[0]
-    rows = []
-    for i, frames in enumerate(data.to_uint8(video).cpu()):
-        scorer.start(16)
-        scorer.add(frames)
-        curves = scorer.finish()
-        rows.append([*(drift[name][i].item() for name in STATISTICS[:2]),
-                     *(curves[name].total for name in STATISTICS[2:])])
-    return rows
 
 
 if __name__ == "__main__":

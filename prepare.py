@@ -8,8 +8,6 @@ again it continues. A clip that cannot be used is listed with the reason, and th
 """
 
 import functools
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,53 +44,42 @@ def main(cfg: Config):
     sources, out, skipped = data.find_clips(cfg.videos, cfg.caption_key), Path(cfg.out), {}
     print0(f"{len(sources)} videos in {cfg.videos}; {geometry.frames} frames of {geometry.width}x"
            f"{geometry.height} at {geometry.fps} fps each")
-    describe(cfg, geometry, out, ranks)
-
-    try:
-        encode_captions(cfg, sources, out, ranks, dtype)
-        encode_videos(cfg, sources, geometry, out, ranks, dtype, skipped)
-    except OSError as error:
-        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
-        raise UserError(f"{error}\n{kept} finished clips are kept in {out}; mend that and run the same "
-                        "command to continue") from None
-    finish(sources, out, ranks, skipped)
+    store = data.Writer(out, ranks, describe(cfg, geometry))
+    with store.keeping():
+        encode_captions(cfg, sources, store, ranks, dtype)
+        encode_videos(cfg, sources, geometry, store, ranks, dtype, skipped)
+        finish(sources, store, ranks, skipped)
 
 
-def describe(cfg, geometry, out, ranks):
-    """meta.json says how all clips of the store are made; what exists already must be made the same way."""
+def describe(cfg, geometry) -> dict:
+    """How all clips of the store are made."""
     network = vae.load(cfg.wan)
     shape = [network.latent_count(geometry.frames), network.z_dim, geometry.height // network.space,
              geometry.width // network.space]
     if network.frame_count(shape[0]) != geometry.frames or geometry.height % 16 or geometry.width % 16:
         raise UserError(f"{geometry.frames} frames of {geometry.width}x{geometry.height}: frames must be one "
                         f"more than a multiple of {network.time}, sizes multiples of {2 * network.space}")
-    meta = {"latents": shape, **geometry._asdict(), "wan": str(Path(cfg.wan).resolve()), "seed": cfg.seed,
+    return {"latents": shape, **geometry._asdict(), "wan": str(Path(cfg.wan).resolve()), "seed": cfg.seed,
             "vae": common.fingerprint(*vae.find(Path(cfg.wan))[0]),
             "t5": common.fingerprint(*t5.find_weights(cfg.wan))}
-    if ranks.rank == 0:
-        (out / "clips").mkdir(parents=True, exist_ok=True)
-        common.claim(out / "meta.json", meta, command=sys.argv)
-    dist.barrier()
 
 
-def encode_captions(cfg, sources, out, ranks, dtype):
+def encode_captions(cfg, sources, store, ranks, dtype):
     load = functools.cache(lambda: t5.load(cfg.wan, ranks.device, dtype))
-    empty = out / "empty.safetensors"  # the prompt that dropout and guidance use
+    empty = store.folder / "empty.safetensors"  # the prompt that dropout and guidance use
     if ranks.rank == 0 and not empty.exists():
         data.write_text_embedding(empty, load().encode([""])[0])
-    captions = [(source.id, source.caption) for source in sources if source.caption]
-    data.stage_texts(out, captions, ranks, load, "captions")
+    captions = {source.id: source.caption for source in sources if source.caption}
+    store.stage_texts(captions, load, "captions")
 
 
-def encode_videos(cfg, sources, geometry, out, ranks, dtype, skipped):
+def encode_videos(cfg, sources, geometry, store, ranks, dtype, skipped):
     network, mine = vae.load(cfg.wan, ranks.device, dtype), []
     for source in sources[ranks.rank::ranks.world]:
         if not source.caption:
             skipped[source.id] = f"{source.path}: no caption"
-        elif not data.clip_file(out, source.id).exists():
+        elif not store.has(source.id):
             mine.append(source)
-    data.append_index(out, [])  # makes it, or mends the last line of a run that was killed
-    listed = len(data.Clips(out))
 
     def read(source):
         try:
@@ -109,39 +96,22 @@ def encode_videos(cfg, sources, geometry, out, ranks, dtype, skipped):
                 skipped[source.id] = clip
             else:
                 latents = network.encode(data.to_float(clip[None].to(ranks.device)))[0]
-                text = data.read_text_embedding(data.text_file(out, source.id))
-                data.write_clip(out, source.id, latents, text, source.caption, source.path.name)
-                data.text_file(out, source.id).unlink()
+                text = store.staged_text(source.id)
+                store.write(source.id, latents, text, source.caption, source.path.name)
             bar.update()
-            if ranks.rank == 0:
-                listed = list_finished(sources, out, listed)
 
 
-def entry(source) -> dict:
-    return {"id": source.id, "file": f"clips/{source.id}.safetensors", "prompt": source.caption,
-            "kind": "seed", "round": 0, "source": source.path.name}
-
-
-def list_finished(sources, out, listed: int) -> int:
-    """Lets the index grow in its final order, so that it can be read before all is done."""
-    ready = []
-    while listed < len(sources) and data.clip_file(out, sources[listed].id).exists():
-        ready.append(entry(sources[listed]))
-        listed += 1
-    data.append_index(out, ready)
-    return listed
-
-
-def finish(sources, out, ranks, skipped):
-    """The whole index, in its final order; and what was skipped, and why."""
-    reasons = [None] * ranks.world
+def finish(sources, store, ranks, skipped):
+    """The index, and what was skipped, and why."""
+    out, reasons = store.folder, [None] * ranks.world
     dist.all_gather_object(reasons, skipped)
+    skipped = dict(item for part in reasons for item in part.items())
+    reasons = [reason for _, reason in sorted(skipped.items())]
     if ranks.rank == 0:
-        skipped = dict(item for part in reasons for item in part.items())
-        data.write_index(out, [entry(s) for s in sources if s.id not in skipped])
-        reasons = [reason for _, reason in sorted(skipped.items())]
         common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for reason in reasons))
-        shutil.rmtree(out / "text", ignore_errors=True)
+    store.finish(data.index_entry(s.id, s.caption, "seed", 0, s.path.name) for s in sources
+                 if s.id not in skipped)
+    if ranks.rank == 0:
         print(*(f"skipped: {reason}\n" for reason in reasons), sep="", end="")
         print(f"{len(sources) - len(skipped)} clips in {out}, {len(skipped)} skipped"
               + (f" (listed in {out / 'skipped.txt'})" if skipped else ""))

@@ -1,4 +1,4 @@
-"""The report of eval_drift.py: tables, curves, film strips, and one page that holds all of it."""
+"""The report of eval_drift.py: tables, curves, film strips, and one page with all of them."""
 
 import base64
 import html
@@ -21,8 +21,9 @@ import toy
 
 
 def write(out: Path, report: dict, clips: list):
-    """report: what eval_drift.py found; clips: its videos, for the film strips."""
-    found, curves = tables(report), report["curves"]
+    """report: all that eval_drift.py knows; clips: its videos, for the film strips."""
+    tables = make_tables(report)
+    curves = report["curves"]
     rows = [f"{method},{name},{t:.3f},{value:.6g},{error:.6g}" for method, lines in curves.items()
             for name, table in lines.items() for t, value, error in table.T]
     common.write_text(out / "curves.csv", "\n".join(["method,metric,t_seconds,mean,sem", *rows, ""]))
@@ -33,24 +34,25 @@ def write(out: Path, report: dict, clips: list):
     for video in plain["videos"]:
         del video["curves"]
     common.write_text(out / "summary.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-    common.write_text(out / "table.md", as_markdown(found))
+    common.write_text(out / "table.md", as_markdown(tables))
     common.write_text(out / "curves.svg", draw_curves(curves))
-    common.write_text(out / "report.html", as_html(report, found, film_strips(report, clips, out)))
-    print(as_markdown(found), sparklines(curves), "", sep="\n")
+    common.write_text(out / "report.html", as_html(report, tables, film_strips(report, clips, out)))
+    print(as_markdown(tables), sparklines(curves), "", sep="\n")
     print(f"{out / 'report.html'} holds all of it, with curves and film strips")
 
 
 def partners(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict, dict]]:
-    """The videos that two methods made of the same prompt and seed: files of one name, or with such tags."""
-    by_name, by_tags = {video["name"]: video for video in rows_b}, defaultdict(list)
+    """The videos that two methods made of one prompt and seed: files of one name, or tagged so."""
+    by_name = {video["name"]: video for video in rows_b}
+    by_tags = defaultdict(list)
     for video in rows_b:
         by_tags[video["prompt"], video["seed"]].append(video)
-    found = []
+    pairs = []
     for a in rows_a:
         tagged = by_tags[a["prompt"], a["seed"]] if a["seed"] is not None else []
         b = by_name.get(a["name"]) or (tagged[0] if len(tagged) == 1 else None)
-        found += [(a, b)] if b else []
-    return found
+        pairs += [(a, b)] if b else []
+    return pairs
 
 
 def without_nan(value):
@@ -69,69 +71,85 @@ class Table(NamedTuple):
     note: str
     heads: list[str]
     rows: list[list[str]]  # the best of a column in **
-    lack: str = "no video has a value for it"  # what is said in place of a table of dashes
+    lack: str = "no video has a value for it"  # stands in place of a table of nothing but dashes
 
     def is_blank(self) -> bool:
         return all(cell == "-" for row in self.rows for cell in row[1:])
 
 
-def tables(report: dict) -> list[Table]:
+# columns of the paper's Table 1: VBench's dimensions, and the drift of two of them
+QUALITY_HEADS = ("Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging")
+DRIFT_HEADS = QUALITY_HEADS[4:]
+
+
+def make_tables(report: dict) -> list[Table]:
     methods, toy_shown = list(report["mean"]), "sprite" in report["metrics"]
     free = [name for name in metrics.FREE | metrics.OPTIONAL if name in report["metrics"]]
-
-    def column(name, what, key, text):
-        """A method's row each; key: the least is the best."""
-        rows = [[report[kind][m].get(name, {}) for kind in ("mean", "sem")] for m in methods]
-        keys = [key(row.get(what, math.nan)) for row, _ in rows]
-        cells = ["-" if math.isnan(k) else text(*row) for k, row in zip(keys, rows, strict=True)]
-        best = min((k for k in keys if not math.isnan(k)), default=None) if len(methods) > 1 else None
-        return [f"**{cell}**" if k == best else cell for k, cell in zip(keys, cells, strict=True)]
-
-    def points(name, what="score"):
-        scale, sign = metrics.SCALE.get(name, 100), -1 if what == "score" else 1
-        return column(name, what, lambda v: sign * v,
-                      lambda row, error: with_error(scale * row[what], scale * error[what]))
-
-    def factor(name, what):
-        return column(name, what, abs, lambda row, error: "x" + with_error(
-            math.exp(row[what]), 100 * math.expm1(error[what]), ".2f", ".0f", "%"))
-
-    def change(name, off):  # off: in grey levels, the less the better; else a share
-        return column(name, "last", lambda v: v if off else -v, lambda row, error: (
-            ("- -> " if math.isnan(row["first"]) else f"{row['first'] * (off or 100):.0f} -> ")
-            + with_error(row["last"] * (off or 100), error["last"] * (off or 100), ".0f", ".0f")))
 
     def table(title, note, columns, **lack):
         rows = zip(methods, *columns.values(), strict=True)
         return Table(title, note, ["Method", *columns], list(map(list, rows)), **lack)
 
-    heads = ("Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging")
-    found = [table("Quality and drift (the paper's Table 1)", "Global metrics: higher is better. Drifting "
-                   "metrics d, first 20 % minus average: lower is better. x100; (standard error).",
-                   dict(zip(heads, map(points, metrics.DIMENSIONS), strict=True))
-                   | {f"d {name}": points(f"{name.lower()}_quality", "drift") for name in heads[4:]},
-                   lack="needs VBench's weight files; see missing in summary.json, or --weights DIR")]
+    quality = zip(QUALITY_HEADS, metrics.DIMENSIONS, strict=True)
+    drift = {f"d {head}": f"{head.lower()}_quality" for head in DRIFT_HEADS}
+    tables = [table("Quality and drift (the paper's Table 1)", "Global metrics: higher is better. Drifting "
+                    "metrics d, first 20 % minus average: lower is better. x100; (standard error).",
+                    {head: points(report, name) for head, name in quality}
+                    | {head: points(report, name, "drift") for head, name in drift.items()},
+                    lack="needs VBench's weight files; see missing in summary.json, or --weights DIR")]
     if any(name in row for name in metrics.QUALITIES for row in report["mean"].values()):
-        found.append(table("Motion and frame quality", "The paper's Table 2; higher is better.", {
-            "Motion quality": points("motion_quality"), "Frame quality": points("frame_quality")}))
-    found += [table("Change without weights", "Last 20 % over first 20 %: x1.00 is no drift.",
-                    {name: factor(name, "log_ratio") for name in free}),
-              table("Distance from no change", "The same, with up and down not cancelling between videos.",
-                    {name: factor(name, "abs_log_ratio") for name in free})]
+        tables.append(table("Motion and frame quality", "The paper's Table 2; higher is better.", {
+            "Motion quality": points(report, "motion_quality"),
+            "Frame quality": points(report, "frame_quality")}))
+    tables += [table("Change without weights", "Last 20 % over first 20 %: x1.00 is no drift.",
+                     {name: factor(report, name, "log_ratio") for name in free}),
+               table("Distance from no change", "The same, with up and down not cancelling between videos.",
+                     {name: factor(report, name, "abs_log_ratio") for name in free})]
     if toy_shown:
-        found.append(table("The toy world", "First 20 % -> last 20 %: per cent of moments with the sprite, "
-                           "with the told shape and direction; grey levels off the first chunk.",
-                           {name: change(name, name in ("colour", "background")) for name in toy.READINGS}))
+        tables.append(table(
+            "The toy world", "First 20 % -> last 20 %: per cent of moments with the sprite, "
+            "with the told shape and direction; grey levels off the first chunk.",
+            {name: change(report, name, name in ("colour", "background")) for name in toy.READINGS}))
     if report["frechet"]:
         rows = [[method, *(f"{v:.1f}" for v in row)] for method, row in report["frechet"].items()]
-        found.append(Table("Frechet distance to real frames", "By fifths of the videos; lower is better.",
-                           ["Method", *(f"{i}-{i + 20} %" for i in range(0, 100, 20))], rows))
+        tables.append(Table("Frechet distance to real frames", "By fifths of the videos; lower is better.",
+                            ["Method", *(f"{i}-{i + 20} %" for i in range(0, 100, 20))], rows))
     if len(methods) > 1:
-        shown = [(f"d {name}", f"{name.lower()}_quality", "drift") for name in heads[4:]]
+        shown = [(head, name, "drift") for head, name in drift.items()]
         shown += [(f"log ratio of {name}", name, "log_ratio") for name in free]
         shown += [(f"{name}, last 20 %", name, "last") for name in toy.READINGS if toy_shown]
-        found.append(paired_table([c for c in report["paired"] if c["a"] == methods[0]], shown))
-    return found + probe_tables(report["probes"])
+        tables.append(paired_table([c for c in report["paired"] if c["a"] == methods[0]], shown))
+    return tables + probe_tables(report["probes"])
+
+
+def column(report, name, what, key, text) -> list[str]:
+    """A cell for each method: text(means, standard errors) of the metric, bold where key(mean) is least."""
+    rows = [[report[kind][m].get(name, {}) for kind in ("mean", "sem")] for m in report["mean"]]
+    keys = [key(row.get(what, math.nan)) for row, _ in rows]
+    cells = ["-" if math.isnan(k) else text(*row) for k, row in zip(keys, rows, strict=True)]
+    best = min((k for k in keys if not math.isnan(k)), default=None) if len(rows) > 1 else None
+    return [f"**{cell}**" if k == best else cell for k, cell in zip(keys, cells, strict=True)]
+
+
+def points(report, name, what="score"):
+    """x100, as the paper reports them; of scores the highest is the best, of drifts the lowest."""
+    scale = metrics.SCALE.get(name, 100)
+    sign = -1 if what == "score" else 1
+    return column(report, name, what, lambda v: sign * v,
+                  lambda row, error: with_error(scale * row[what], scale * error[what]))
+
+
+def factor(report, name, what):
+    return column(report, name, what, abs, lambda row, error: "x" + with_error(
+        math.exp(row[what]), 100 * math.expm1(error[what]), ".2f", ".0f", "%"))
+
+
+def change(report, name, is_level):
+    """First -> last 20 %, of grey levels (the lowest is the best) or of a share (the highest)."""
+    scale = 1 if is_level else 100
+    return column(report, name, "last", lambda v: v if is_level else -v, lambda row, error: (
+        ("- -> " if math.isnan(row["first"]) else f"{scale * row['first']:.0f} -> ")
+        + with_error(scale * row["last"], scale * error["last"], ".0f", ".0f")))
 
 
 def with_error(value: float, error: float, digits=".2f", error_digits=".2f", unit="") -> str:
@@ -160,9 +178,9 @@ def with_interval(scale: float, interval: list[float], prompts: int) -> str:
     return f"**{cell}**" if prompts >= FEWEST and interval[1] * interval[2] > 0 else cell
 
 
-def as_markdown(found: list[Table]) -> str:
+def as_markdown(tables: list[Table]) -> str:
     lines = []
-    for table in found:
+    for table in tables:
         if table.is_blank():
             lines += [f"{table.title}: {table.lack}", ""]
             continue
@@ -177,56 +195,58 @@ def as_markdown(found: list[Table]) -> str:
 def probe_tables(probes: dict) -> list[Table]:
     if not probes:
         return []
-    some, gaps, back = next(iter(probes.values())), [], []
+    first = next(iter(probes.values()))  # all have the same levels, kinds and chunks
+    gaps, recovered = [], []
     for path, probe in probes.items():
         for chunk, row in probe["own_minus_real"].items():
             pairs = zip(row["mean"], row["sem"], strict=True)
             gaps.append([path, chunk, *(with_error(*both, ".4f", ".4f") for both in pairs)])
-        back.append([path, *(with_error(row["chunks"], row["sem"], ".1f", ".1f")
-                             for row in probe["recovery"].values())])
-    recovery = some["recovery"]
+        recovered.append([path, *(with_error(row["chunks"], row["sem"], ".1f", ".1f")
+                                  for row in probe["recovery"].values())])
+    recovery = first["recovery"]
     ahead = len(recovery["untouched"]["within"])
     return [Table("Loss on own minus real videos", "Of the first and the last chunk that continue a held-out "
                   "clip, by noise level t. 0: its own videos are to the model as real ones; negative: easier "
                   "(simpler, or real ones are strange to it); positive: harder (wilder).",
-                  ["Model", "Chunk", *(f"t = {t}" for t in some["levels"])], gaps),
+                  ["Model", "Chunk", *(f"t = {t}" for t in first["levels"])], gaps),
             Table("Recovery", f"Chunks until a spoilt context is overcome; {ahead + 1}: not within "
-                  f"{ahead}. Untouched: the same for a real context.", ["Model", *recovery], back)]
+                  f"{ahead}. Untouched: the same for a real context.", ["Model", *recovery], recovered)]
 
 
 # ----------------------------------------------------------------------------------------------------
 # pictures
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-WIDTH, HEIGHT, ACROSS = 250, 170, 4  # of a panel; panels in a row
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+WIDTH, HEIGHT, ACROSS = 250, 170, 4  # of a panel, in pixels; panels in a row
 
 
 def draw_curves(curves: dict) -> str:
-    """An SVG of small multiples: a panel for each metric, a line with its standard error for each method."""
+    """An SVG with a panel for each metric, in it a line and its standard error for each method."""
     names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
-    high = 34 + HEIGHT * math.ceil(len(names) / ACROSS)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * ACROSS} {high}" '
+    height = 34 + HEIGHT * math.ceil(len(names) / ACROSS)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * ACROSS} {height}" '
              'font-family="Helvetica, Arial, sans-serif" font-size="10" fill="#333">']
     x = 46
-    colors = dict(zip(curves, itertools.cycle(COLORS), strict=False))
-    for method, color in colors.items():
-        parts.append(f'<rect x="{x}" y="10" width="18" height="4" fill="{color}"/>'
+    colours = dict(zip(curves, itertools.cycle(COLOURS), strict=False))
+    for method, colour in colours.items():
+        parts.append(f'<rect x="{x}" y="10" width="18" height="4" fill="{colour}"/>'
                      f'<text x="{x + 24}" y="16" font-size="12">{html.escape(method)}</text>')
         x += 48 + 7 * len(method)
     for i, name in enumerate(names):
         lines = {m: rows[name] for m, rows in curves.items() if name in rows}
         parts.append(f'<g transform="translate({i % ACROSS * WIDTH} {34 + i // ACROSS * HEIGHT})">'
-                     + draw_panel(name.replace("_", " "), lines, colors) + "</g>")
+                     + draw_panel(name.replace("_", " "), lines, colours) + "</g>")
     return "\n".join(parts) + "\n</svg>\n"
 
 
-def draw_panel(title: str, lines: dict, colors: dict) -> str:
+def draw_panel(title: str, lines: dict, colours: dict) -> str:
     left, right, top, bottom = 46, WIDTH - 12, 22, HEIGHT - 30
     table = np.concatenate(list(lines.values()), 1)
     error = np.nan_to_num(table[2])
     low, high = np.nanmin(table[1] - error), np.nanmax(table[1] + error)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high, end = low - pad, high + pad, table[0].max() + table[0].min()  # bins' middles -> the end
+    low, high = low - pad, high + pad
+    end = table[0].max() + table[0].min()  # of the video, from the middles of its first and last bin
 
     def at(t, v):
         x, y = left + (right - left) * t / end, bottom - (bottom - top) * (v - low) / (high - low)
@@ -246,14 +266,14 @@ def draw_panel(title: str, lines: dict, colors: dict) -> str:
         t, value, error = (row[~np.isnan(value)] for row in (t, value, np.nan_to_num(error)))
         over, line, under = ([at(*p) for p in zip(t, v, strict=True)]
                              for v in (value + error, value, value - error))
-        band, line, color = " ".join(over + under[::-1]), " ".join(line), colors[method]
-        parts.append(f'<path d="M{band}Z" fill="{color}" fill-opacity="0.18"/>'
-                     f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="1.8"/>')
+        band, line = " ".join(over + under[::-1]), " ".join(line)
+        parts.append(f'<path d="M{band}Z" fill="{colours[method]}" fill-opacity="0.18"/>'
+                     f'<path d="M{line}" fill="none" stroke="{colours[method]}" stroke-width="1.8"/>')
     return "".join(parts)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About that many round numbers from low to high."""
+    """About `count` round numbers from low to high."""
     rough = (high - low) / count
     step = 10 ** math.floor(math.log10(rough))
     step *= next(m for m in (1, 2, 5, 10) if m * step >= rough)
@@ -261,16 +281,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def film_strips(report: dict, clips: list, out: Path) -> list:
-    """[(prompt, seconds, [(method, png)])]: frames across time, of each method that made the same video."""
-    rows, strips, pictures = defaultdict(list), [], []
+    """[(prompt, seconds, [(method, png)])]: frames across time, from each method's video of one prompt."""
+    rows = defaultdict(list)
     for video, clip in zip(report["videos"], clips, strict=True):
         rows[clip.method].append(video | {"clip": clip})
     base = next(iter(rows))
-    same = {method: {a["name"]: b for a, b in partners(rows[base], own)} for method, own in rows.items()}
+    same = {method: {a["name"]: b for a, b in partners(rows[base], group)} for method, group in rows.items()}
     groups = [[same[method][video["name"]] for method in rows if video["name"] in same[method]]
               for video in rows[base]]
     groups = sorted(groups, key=len, reverse=True)[:PROMPTS]
-    groups += [[rows[method][0]] for method in rows if not same[method]]  # other prompts altogether
+    groups += [[rows[method][0]] for method in rows if not same[method]]  # methods without a common prompt
+    strips, pictures = [], []
     for group in groups:
         strip = []
         for video in group:
@@ -285,19 +306,21 @@ def film_strips(report: dict, clips: list, out: Path) -> list:
     return strips
 
 
-PROMPTS, FRAMES, ROW = 4, 8, 80  # of a film strip: prompts at most, frames in a row, a row's height
+PROMPTS, FRAMES, ROW = 4, 8, 80  # the most prompts in film strips; frames in a row, and its height in pixels
 
 
 def across_time(clip) -> torch.Tensor:
-    """uint8 [FRAMES,3,ROW,W], the first frame to the last."""
+    """uint8 [FRAMES,3,ROW,W], from the first frame to the last."""
     video = data.probe(clip.path)
-    rate, size = (FRAMES - 1) / (video.duration - 1 / video.fps), (round(clip.width * ROW / clip.height), ROW)
+    rate = (FRAMES - 1) / (video.duration - 1 / video.fps)
+    size = round(clip.width * ROW / clip.height), ROW
     return torch.stack(list(islice(data.read_frames(video, rate, size), FRAMES)))
 
 
 def sparklines(curves: dict) -> str:
     """A line of blocks for each metric and method; a metric's methods share one scale."""
-    lines, widest = [], max(map(len, curves))
+    lines = []
+    widest = max(map(len, curves))
     for name in dict.fromkeys(name for rows in curves.values() for name in rows):
         shown = {method: rows[name][1] for method, rows in curves.items() if name in rows}
         together = np.concatenate(list(shown.values()))
@@ -305,8 +328,8 @@ def sparklines(curves: dict) -> str:
         for method, values in shown.items():
             levels = (values - low) / ((high - low) or 1)
             blocks = "".join(" " if math.isnan(v) else chr(0x2581 + int(7.999 * v)) for v in levels)
-            there = values[~np.isnan(values)]
-            lines.append(f"{name:22} {method:{widest}} {blocks} {there[0]:.4g} -> {there[-1]:.4g}")
+            known = values[~np.isnan(values)]
+            lines.append(f"{name:22} {method:{widest}} {blocks} {known[0]:.4g} -> {known[-1]:.4g}")
     return "\n".join(lines)
 
 
@@ -327,7 +350,7 @@ dd { margin-left: 12em; overflow-wrap: anywhere }
 """
 
 
-def as_html(report: dict, found: list[Table], strips) -> str:
+def as_html(report: dict, tables: list[Table], strips) -> str:
     """One page that needs no other file."""
     text = html.escape
 
@@ -336,7 +359,7 @@ def as_html(report: dict, found: list[Table], strips) -> str:
         return f"<{tag}>" + re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", content) + f"</{tag}>"
 
     parts = []
-    for table in found:
+    for table in tables:
         if table.is_blank():
             parts.append(f'<p class="note">{text(f"{table.title}: {table.lack}")}</p>')
             continue

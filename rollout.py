@@ -7,7 +7,6 @@ Killed and started again it continues, to the same bytes. A rollout is a functio
 batch, the number of GPUs and --count change it by rounding alone. Clips that training held out stay out.
 """
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ class Config:
     steps: int = 20  # of the solver, for each chunk
     guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
     shift: float = 8.0  # of the noise levels, as in training
-    solver: Literal["euler", "unipc"] = "euler"  # of the flow
+    solver: Literal[*diffusion.SOLVERS] = "euler"  # of the flow
     previews: int = 16  # rollouts to show in preview.png
     compile: bool | None = None  # the transformer's blocks (default: on a GPU)
     # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
@@ -59,19 +58,15 @@ def main(cfg: Config):
     clips, out = data.Clips(cfg.data), Path(cfg.out)
     wan, null = check(cfg, clips)
     picks = pick(cfg, clips)
-    entries = [entry(clips[i], cfg.round) for i in picks]
-    describe(cfg, clips, len(picks), out, ranks)
-    todo = common.my_share(common.batched(range(len(picks)), cfg.batch), ranks,
-                           lambda j: data.clip_file(out, entries[j]["id"]).exists())
+    entries = {entry["id"]: entry for entry in (as_rollout(clips[i], cfg.round) for i in picks)}
+    places = dict(zip(entries, picks, strict=True))
+    store = data.Writer(out, ranks, describe(cfg, clips, len(picks)))
+    todo = store.share(list(entries), cfg.batch)
     print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {sum(map(len, todo))} to roll out"
            + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
-    try:
-        make(cfg, clips, picks, entries, todo, null, out, ranks)
-        finish(entries, out, ranks)
-    except OSError as error:
-        kept = sum(1 for _ in out.glob("clips/*.safetensors"))
-        raise UserError(f"{error}\n{kept} finished rollouts are kept in {out}; mend that and run the same "
-                        "command to continue") from None
+    with store.keeping():
+        make(cfg, clips, places, todo, null, store, ranks)
+        store.finish(entries.values())
     report_drift(data.Clips(out), ranks)
     if ranks.rank == 0 and cfg.previews:
         preview(cfg, data.Clips(out), vae.load(wan, ranks.device, getattr(torch, cfg.dtype)))
@@ -95,16 +90,17 @@ def pick(cfg: Config, clips: data.Clips) -> list[int]:
     return [seeds[i] for i in order if seeds[i] not in held_out][:count]
 
 
-def roll_out(cfg: Config, net: model.WanModel, some: list[dict], null: torch.Tensor) -> torch.Tensor:
+def roll_out(cfg: Config, net: model.WanModel, clips: list[dict], null: torch.Tensor) -> torch.Tensor:
     """Loaded clips -> [B,F,C,H,W]: their real first chunks, and F - 3 frames that the model makes of them.
     The model's own frames are its context as they are; that is what lets it drift."""
-    real = torch.stack([clip["latents"] for clip in some])
+    real = torch.stack([clip["latents"] for clip in clips])
     frames, *shape = real.shape[1:]
-    return diffusion.generate(
-        net, [clip["text"] for clip in some], null, shape=shape, frames=frames, context=real[:, :CHUNK],
-        seed=cfg.seed, ids=[(cfg.round, clip["id"]) for clip in some], chunk=CHUNK, steps=cfg.steps,
-        shift=cfg.shift, guidance=cfg.guidance, solver=cfg.solver,
-        window=frames, keep=CHUNK, reentry="as-is")  # all in one window, as in training
+    sampling = diffusion.Sampling(cfg.steps, cfg.shift, cfg.guidance, cfg.solver)
+    chunks = diffusion.generate(
+        net, [clip["text"] for clip in clips], null, sampling, shape=shape, frames=frames,
+        context=real[:, :CHUNK], seed=cfg.seed, ids=[(cfg.round, clip["id"]) for clip in clips], chunk=CHUNK,
+        window=frames, keep=CHUNK)  # all in one window, as in training
+    return torch.cat([latents for _, latents in chunks], 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -146,47 +142,37 @@ def check(cfg: Config, clips: data.Clips) -> tuple[Path, torch.Tensor]:
     return wan, null
 
 
-def entry(clip: dict, round: int) -> dict:
-    id = f"{clip['id']}-round{round}"
-    return {"id": id, "file": f"clips/{id}.safetensors", "prompt": clip["prompt"], "kind": "rollout",
-            "round": round, "source": clip["id"]}
+def as_rollout(clip: dict, round: int) -> dict:
+    return data.index_entry(f"{clip['id']}-round{round}", clip["prompt"], "rollout", round, clip["id"])
 
 
-def describe(cfg, clips, count, out, ranks):
-    """meta.json says how all rollouts here are made; what exists already must be made the same way."""
+def describe(cfg, clips, count) -> dict:
+    """How all rollouts of the store are made."""
     before = clips.meta()
-    meta = {key: before[key] for key in GEOMETRY} | {
+    return {key: before[key] for key in GEOMETRY} | {
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "model": str(Path(cfg.model).resolve()),
         "model_fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
         "seed": cfg.seed, "round": cfg.round, "count": count, "held_out": cfg.held_out,
         "steps": cfg.steps, "guidance": cfg.guidance, "shift": cfg.shift, "solver": cfg.solver,
         "dtype": cfg.dtype}
-    if ranks.rank == 0:
-        (out / "clips").mkdir(parents=True, exist_ok=True)
-        common.claim(out / "meta.json", meta, command=sys.argv)
-        data.append_index(out, [])  # mends the last line of a run that was killed
-    dist.barrier()
 
 
-def make(cfg, clips, picks, entries, todo, null, out, ranks):
+def make(cfg, clips, places, todo, null, store, ranks):
     if not todo:
         return
     net, began = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype)), time.monotonic()
     if cfg.compile:
         net.compile_blocks()
-    count, listed = sum(map(len, todo)), len(data.Clips(out))
+    count = sum(map(len, todo))
     with common.progress(count, "rollouts", ranks) as bar:
-        for places in todo:
-            some = [load(cfg, clips, picks[j], net.config.text_len) for j in places]
-            for j, clip, latents in zip(places, some, roll_out(cfg, net, some, null), strict=True):
+        for batch in todo:
+            real = [load(cfg, clips, places[id], net.config.text_len) for id in batch]
+            for id, clip, latents in zip(batch, real, roll_out(cfg, net, real, null), strict=True):
                 if not latents.to(data.LATENT_DTYPE).isfinite().all():
                     raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
-                if not data.clip_file(out, entries[j]["id"]).exists():
-                    data.write_clip(out, entries[j]["id"], latents, clip["text"], clip["prompt"], clip["id"])
-            bar.update(len(places))
-            if ranks.rank == 0:
-                listed = list_finished(entries, out, listed)
+                store.write(id, latents, clip["text"], clip["prompt"], clip["id"])
+            bar.update(len(batch))
     rate = count / (time.monotonic() - began)
     print0(f"{rate:.3g} rollouts/s" + f" on this rank, of {ranks.world}" * (ranks.world > 1))
 
@@ -197,23 +183,6 @@ def load(cfg, clips, i: int, text_len: int) -> dict:
         raise UserError(f"the prompt of clip {clip['id']} is {len(clip['text'])} tokens; {cfg.model} takes "
                         f"{text_len} at most")
     return clip
-
-
-def list_finished(entries, out, listed: int) -> int:
-    """Lets the index grow in the order of the picks, so that it can be read before all is done."""
-    ready = []
-    while listed < len(entries) and data.clip_file(out, entries[listed]["id"]).exists():
-        ready.append(entries[listed])
-        listed += 1
-    data.append_index(out, ready)
-    return listed
-
-
-def finish(entries, out, ranks):
-    dist.barrier()
-    if ranks.rank == 0:
-        list_finished(entries, out, len(data.Clips(out)))
-    dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -17,13 +17,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import queue
 import re
 import shlex
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -67,7 +65,7 @@ class Config:
     steps: int = 20  # of the solver, for each chunk
     guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
     shift: float = 8.0  # of the noise levels, as in training
-    solver: Literal["euler", "unipc"] = "euler"  # of the flow
+    solver: Literal[*diffusion.SOLVERS] = "euler"  # of the flow
     negative: str = ""  # the prompt that guidance leads away from
     context_noise: float = 0.0  # the noise level finished frames are shown at (sigma_test), 0..1
     history_guidance: float = 0.0  # its weight, 1.2 in the paper; 0 is none
@@ -283,7 +281,7 @@ def plan(cfg: Config, rows, coder) -> list[Video]:
         if frames <= begin:
             raise UserError(f"{where}: {seconds:g} s must be more than the "
                             f"{coder.frame_count(begin)} frames that the video begins with")
-        diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep, cfg.reentry, coder)
+        diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep)
         texts, times = texts_and_times(row, seconds, where)
         starts = [coder.latent_count(round(t * fps)) for t in times]
         check_slides(cfg, starts, begin, frames, lambda f: coder.frame_count(f) / fps, where)
@@ -365,64 +363,38 @@ def make(cfg: Config, videos, net, coder, texts, device, bar):
                 for i, start in enumerate(videos[0].starts)]
     width, height = map(int, cfg.size.split("x"))
     given = torch.stack([read_context(cfg, video, coder) for video in videos]) if videos[0].begin else None
+    film = diffusion.Film(coder, cfg.keep, cfg.reentry)
+    chunks = diffusion.generate(
+        net, schedule, texts[cfg.negative], sampling(cfg), frames=videos[0].frames,
+        shape=(coder.z_dim, height // coder.space, width // coder.space),
+        ids=[(video.tags["seed"], video.tags["id"]) for video in videos],  # so that a batch may mix seeds
+        context=None if given is None else torch.cat(
+            [coder.encode(data.to_float(pixels[None].to(device))) for pixels in given]),
+        chunk=CHUNK, window=cfg.window, keep=cfg.keep, reenter=film.reenter)
     with contextlib.ExitStack() as stack:
-        files = [None if finished(video) else stack.enter_context(writing(video)) for video in videos]
-
-        def on_chunk(first, latents, video):
+        files = [None if finished(video) else stack.enter_context(
+            data.writing(video.path, video.tags["fps"], video.tags, cfg.crf, cfg.preset)) for video in videos]
+        for first, latents in chunks:
+            pieces = film.show(latents)
             if first == 0 and given is not None:  # as it was given, not as the VAE shows it
-                video = given
-            for send, piece in zip(files, data.to_uint8(video), strict=True):
-                if send:
-                    send(piece)
+                pieces = given
+            for write, piece in zip(files, data.to_uint8(pieces), strict=True):
+                if write:
+                    write(piece)
             drift.append((first, diffusion.drift_statistics(latents)))  # numbers only at the end: no waiting
-            bar.update(video.shape[0] * video.shape[1])
-
-        diffusion.generate(
-            net, schedule, texts[cfg.negative], frames=videos[0].frames,
-            shape=(coder.z_dim, height // coder.space, width // coder.space),
-            ids=[(video.tags["seed"], video.tags["id"]) for video in videos],  # so that a batch may mix seeds
-            context=None if given is None else torch.cat(
-                [coder.encode(data.to_float(pixels[None].to(device))) for pixels in given]),
-            chunk=CHUNK, steps=cfg.steps, shift=cfg.shift, guidance=cfg.guidance, solver=cfg.solver,
-            context_noise=cfg.context_noise, history=cfg.history_guidance, history_level=cfg.history_level,
-            window=cfg.window, keep=cfg.keep, reentry=cfg.reentry, vae=coder, on_chunk=on_chunk)
-        if cfg.log_drift:
-            for i, video in enumerate(videos):
-                common.write_text(video.path.with_suffix(".jsonl"), data.as_lines(
-                    {"frame": first} | {k: v[i].item() for k, v in stats.items()} for first, stats in drift))
+            bar.update(pieces.shape[0] * pieces.shape[1])
+    if cfg.log_drift:
+        for i, video in enumerate(videos):
+            common.write_text(video.path.with_suffix(".jsonl"), data.as_lines(
+                {"frame": first} | {k: v[i].item() for k, v in stats.items()} for first, stats in drift))
     rate = len(videos) * frames / (time.monotonic() - began)
     for video in videos:
         bar.write(f"{video.path}: {frames} frames ({frames / video.tags['fps']:.2f} s), {rate:.2f} frames/s")
 
 
-@contextlib.contextmanager
-def writing(video: Video):
-    """Yields a function that hands the next frames to the file's encoder, which works in a thread."""
-    pieces = queue.Queue(2)  # bounded: a slow encoder holds the model up instead of filling the memory
-
-    def received():
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece  # the rest will not come, so what is there must not become a file
-            yield piece
-
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(data.write_video, video.path, received(), video.tags["fps"], video.tags,
-                          video.tags["crf"], video.tags["preset"])
-
-        def send(piece):
-            while not job.done():
-                with contextlib.suppress(queue.Full):
-                    return pieces.put(piece, timeout=0.1)
-            return job.result()  # it has failed; this raises why
-
-        try:
-            yield send
-        except BaseException as error:
-            send(error)
-            raise
-        send(None)
-        job.result()
+def sampling(cfg: Config) -> diffusion.Sampling:
+    return diffusion.Sampling(cfg.steps, cfg.shift, cfg.guidance, cfg.solver, cfg.context_noise,
+                              cfg.history_guidance, cfg.history_level)
 
 
 if __name__ == "__main__":

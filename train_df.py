@@ -632,13 +632,15 @@ def preview(cfg, clips, state, step: int, ranks):
     folder.mkdir(parents=True, exist_ok=True)
     coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
     chunk, window = (frames, 2 * frames) if cfg.mode == "full" else (CHUNK, frames)
+    sampling = diffusion.Sampling(shift=cfg.shift, guidance=cfg.guidance)
     with averaged(state) as net:
         for k in range(0, len(chosen), ranks.world):
             place = min(k + ranks.rank, len(chosen) - 1)
             clip = clips.load(chosen[place])
-            latents = diffusion.generate(net, [clip["text"].float()], clips.null, shape=shape, ids=[place],
-                                         frames=frames, chunk=chunk, window=window, keep=chunk,
-                                         shift=cfg.shift, guidance=cfg.guidance)
+            chunks = diffusion.generate(
+                net, [clip["text"].float()], clips.null, sampling, shape=shape, ids=[place], frames=frames,
+                chunk=chunk, window=window, keep=chunk)
+            latents = torch.cat([z for _, z in chunks], 1)
             if k + ranks.rank == place:  # else another rank makes it
                 video = data.to_uint8(coder.decode(latents.to(next(coder.parameters()).dtype))[0])
                 path = folder / f"step-{step:06d}-{place}.mp4"

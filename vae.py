@@ -3,7 +3,9 @@
     vae = vae.load("Wan2.1-T2V-1.3B", "cuda", torch.bfloat16)
     z = vae.encode(video)      # [B,T,3,H,W] in [-1,1] -> [B,F,C,h,w], normalised
     video = vae.decode(z)      # T = 4(F-1)+1, H = 8h, W = 8w
-    for video in vae.decode_stream(pieces_of_z): ...
+    state = {}                 # of a stream, which both take too: any number of frames at a time
+    for z in pieces:
+        video = vae.decode(z, state)
 
 A causal convolution needs of the past only the last two frames of its input. So a video runs through the
 network in temporal pieces of any size, each convolution keeps that tail for the next piece, and the result
@@ -14,7 +16,6 @@ convolution sees B*T images without a copy, and the fast channels-last kernels a
 """
 
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -275,65 +276,71 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(width, multipliers, blocks, z_dim, temporal)
         channels_last(self)
 
-    def encode(self, video: Tensor, piece: int | None = None) -> Tensor:
-        """[B,T,3,H,W] in [-1,1] -> normalised posterior mean [B,F,C,h,w], `piece` latent frames at a time."""
-        return self.normalise(self.posterior(video, piece)[0])
+    def encode(self, video: Tensor, state: dict | None = None) -> Tensor:
+        """[B,T,3,H,W] in [-1,1] -> normalised posterior mean [B,F,C,h,w].
 
-    def decode(self, z: Tensor, piece: int | None = None) -> Tensor:
-        """Normalised latents [B,F,C,h,w] -> [B,T,3,H,W] in [-1,1], `piece` latent frames at a time."""
-        return self.reconstruct(self.denormalise(self.check_latents(z)), piece).clamp(-1, 1)
+        Without a state, the video is whole. With one, it is the next frames of a stream, any number of them,
+        and the result is the latents that they complete, maybe none. The state is {} at the start and changed
+        by every call; it serves one stream in one direction, takes gigabytes if the video is large, and is of
+        no use after an error. state["held"] are the frames that still wait to become a latent: those left at
+        the end never do. A stream has no gradients and does not look for NaN."""
+        if state is None:
+            return self.normalise(self.posterior(video)[0])
+        with torch.no_grad():
+            return self.normalise(self.encoded(self.check_video(video), state).chunk(2, 2)[0])
 
-    @torch.no_grad()
-    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """encode, for any number of frames at a time: yields latents as soon as they are complete."""
-        for moments in self.encoded(pieces):
-            yield self.normalise(moments.chunk(2, 2)[0])
+    def decode(self, z: Tensor, state: dict | None = None) -> Tensor:
+        """Normalised latents [B,F,C,h,w] -> [B,T,3,H,W] in [-1,1]: all or, with a state, the next."""
+        latents = self.denormalise(self.check_latents(z))
+        if state is None:
+            return self.reconstruct(latents).clamp_(-1, 1)
+        with torch.no_grad():
+            return self.decoded(latents, state).clamp_(-1, 1)
 
-    @torch.no_grad()
-    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """decode, for any number of latent frames at a time: yields their video at once."""
-        for video in self.decoded(self.denormalise(self.check_latents(z)) for z in pieces):
-            yield video.clamp(-1, 1)
-
-    # trained through these two
+    # trained through these two, `piece` latent frames at a time
 
     def posterior(self, video: Tensor, piece: int | None = None) -> tuple[Tensor, Tensor]:
         """[B,T,3,H,W] -> mean and log variance [B,F,C,h,w], not normalised."""
         check_finite(self.check_video(video), "video")
-        if self.frame_count(self.latent_count(video.shape[1])) != video.shape[1]:
-            raise self.wrong_count(video.shape[1])
-        return joined(self.encoded([video], piece), self.latent_count(video.shape[1])).chunk(2, 2)
+        frames = video.shape[1]
+        if frames != (low := self.frame_count(self.latent_count(frames))):
+            raise UserError(f"video of {frames} frames: must be 1 more than a multiple of {self.time}; "
+                            f"give {low} or {low + self.time}")
+        return self.encoded(video, {}, piece).chunk(2, 2)
 
     def reconstruct(self, latents: Tensor, piece: int | None = None) -> Tensor:
         """The way back from posterior's mean: latents, not normalised -> [B,T,3,H,W], not clamped."""
         check_finite(self.check_latents(latents), "latents")
-        return joined(self.decoded([latents], piece), self.frame_count(latents.shape[1]))
+        return self.decoded(latents, {}, piece)
 
-    # the streams
+    # piece by piece, right into what is returned: torch.cat at the end would need the room twice
 
-    def encoded(self, pieces, piece=None):
-        state, held, seen, done = {}, None, 0, 0  # seen: frames received; done: latent frames made of them
-        for video in pieces:
-            self.check_video(video)
-            held = video if seen == self.frame_count(done) else torch.cat([held, video], 1)
-            seen += video.shape[1]
-            limit = piece or self.best_piece(video.shape[0], *video.shape[3:])
-            while more := min(self.latent_count(seen) - done, limit):
-                take = self.frame_count(done + more) - self.frame_count(done)
-                part, held = held.split([take, held.shape[1] - take], 1)
-                x = self.encoder(self.ours(part).movedim(2, -1), state)
-                done += more
-                yield pointwise(self.conv1, x).movedim(-1, 2).float()  # [B,f,2C,h,w]
-        if seen != self.frame_count(done) or not seen:
-            raise self.wrong_count(seen)
+    def encoded(self, video, state, piece=None):
+        short = 0 if "held" in state else self.time - 1  # frame 0 is a latent by itself
+        video = torch.cat([state["held"], video], 1) if "held" in state else video
+        B, T, _, H, W = video.shape
+        count = (T + short) // self.time
+        piece = piece or self.best_piece(B, H, W)
+        video, held = video.tensor_split([count * self.time - short], 1)
+        state["held"] = held.clone()  # a view would keep the whole piece, and change when its owner reuses it
+        out = self.room(B, count, 2 * self.z_dim, H // self.space, W // self.space)
+        for i in range(0, count, piece):
+            part = video[:, max(0, i * self.time - short):(i + piece) * self.time - short]
+            x = self.encoder(self.ours(part).movedim(2, -1), state)
+            out[:, i:i + piece] = pointwise(self.conv1, x).movedim(-1, 2)
+        return out
 
-    def decoded(self, pieces, piece=None):
-        state = {}
-        for latents in pieces:
-            B, _, _, h, w = latents.shape
-            for part in latents.split(piece or self.best_piece(B, h * self.space, w * self.space), 1):
-                x = pointwise(self.conv2, self.ours(part).movedim(2, -1))
-                yield self.decoder(x, state).movedim(-1, 2).float()  # [B,t,3,H,W]
+    def decoded(self, latents, state, piece=None):
+        B, count, _, h, w = latents.shape
+        H, W = h * self.space, w * self.space
+        short = 0 if self.decoder.conv1 in state else self.time - 1
+        piece = piece or self.best_piece(B, H, W)
+        out = self.room(B, count * self.time - short, 3, H, W)
+        for i in range(0, count, piece):
+            x = pointwise(self.conv2, self.ours(latents[:, i:i + piece]).movedim(2, -1))
+            y = self.decoder(x, state).movedim(-1, 2)
+            out[:, max(0, i * self.time - short):(i + piece) * self.time - short] = y
+        return out
 
     def best_piece(self, batch, height, width):
         """Latent frames at a time."""
@@ -344,6 +351,9 @@ class WanVAE(nn.Module):
 
     def ours(self, x):
         return x.to(self.conv2.weight.device, self.conv2.weight.dtype)
+
+    def room(self, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=self.conv2.weight.device)
 
     def frame_count(self, latents):
         return max(0, self.time * (latents - 1) + 1)
@@ -375,11 +385,6 @@ class WanVAE(nn.Module):
         check_shape(z, "latents", f"[B,F,{self.z_dim},h,w]", self.z_dim)
         return z
 
-    def wrong_count(self, frames):
-        low = self.frame_count(self.latent_count(frames))
-        return UserError(f"video of {frames} frames: must be 1 more than a multiple of {self.time}; "
-                         f"give {f'{low} or ' if low else ''}{low + self.time if low else 1}")
-
 
 def check_shape(x, what, layout, channels):
     if x.dtype == torch.uint8 and what == "video":
@@ -397,17 +402,6 @@ def check_shape(x, what, layout, channels):
 def check_finite(x, what):  # not in the streams, where every look would make a GPU wait
     if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
         raise UserError(f"{what} holds NaN or infinite values; mend what made it")
-
-
-def joined(pieces, frames):
-    """Pieces put together as they come: torch.cat at the end would need the room twice."""
-    out, at = None, 0
-    for piece in pieces:
-        if out is None:
-            out = piece.new_empty(piece.shape[0], frames, *piece.shape[2:])
-        out[:, at:at + piece.shape[1]] = piece
-        at += piece.shape[1]
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import common
 import data
@@ -546,14 +546,14 @@ def fill_store(folder, n=4, **more):
     for i in range(n):
         data.write_clip(folder, f"c{i}", torch.full((3, 4, 2, 2), float(i)),
                         torch.full((i + 1, 8), float(i)), f"number {i}", f"c{i}.mp4")
-    data.append_index(folder, [entry(i, **more) for i in range(n)])
+    data.write_index(folder, [entry(i, **more) for i in range(n)])
     return data.Clips(folder)
 
 
 def test_store_round_trip(tmp_path):
     clips = fill_store(tmp_path / "agg_0")
     nasty = entry(4, "corrective", prompt='"kind": "seed" \u901f\u3044\n"kind', source='"kind')
-    data.append_index(tmp_path / "agg_0", [nasty])
+    data.write_index(tmp_path / "agg_0", [*clips, nasty])
     meta = {"fps": 16, "size": [832, 480], "command": "prepare.py --data '\u00fc'"}
     common.claim(Path(tmp_path / "agg_0", "meta.json"), meta)
     assert len(clips) == 4, "a store is what it was when it was opened"
@@ -586,47 +586,64 @@ def test_lists_written_by_other_tools(tmp_path):
         data.Clips(tmp_path)[0]
 
 
-def test_a_torn_last_line_is_ignored_then_repaired(tmp_path):
-    """Every length of what a kill may leave behind."""
+def test_a_list_that_is_cut_off_is_refused(tmp_path):
     whole = "".join(json.dumps(entry(i, prompt="\u00fc\n\u901f")) + "\n" for i in range(2)).encode()
-    last = json.dumps(entry(2)).encode() + b"\n"
-    for length in range(len(last)):
-        (tmp_path / "index.jsonl").write_bytes(whole + last[:length])
-        assert len(data.Clips(tmp_path)) == 2
-        data.append_index(tmp_path, [entry(3)])
-        assert [c["id"] for c in data.Clips(tmp_path)] == ["c0", "c1", "c3"]
-    (tmp_path / "index.jsonl").write_bytes(last[:-1])
-    data.append_index(tmp_path, [])
-    assert (tmp_path / "index.jsonl").read_bytes() == b""
+    (tmp_path / "index.jsonl").write_bytes(whole)
+    assert len(data.Clips(tmp_path)) == 2
+    for length in range(1, len(json.dumps(entry(2)))):
+        (tmp_path / "index.jsonl").write_bytes(whole + json.dumps(entry(2)).encode()[:length])
+        with pytest.raises(common.UserError, match="index.jsonl:3: the last line is cut off"):
+            data.Clips(tmp_path)
 
 
-GROW = """
-import sys
-sys.path.insert(0, {root!r})
-import data
-print("ready", flush=True)
-n = 0
-while True:
-    data.append_index({folder!r}, [{{"id": n, "file": "f", "prompt": "x" * 5000, "kind": "seed"}}])
-    n += 1
-"""
+@pytest.fixture
+def ranks():
+    yield common.start_ranks("cpu")
+    dist.destroy_process_group()
 
 
-def test_readers_see_whole_lines_while_a_writer_is_killed(tmp_path):
-    code, seen = GROW.format(root=os.path.dirname(data.__file__), folder=str(tmp_path)), 0
-    for _ in range(2):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        deadline, start = time.time() + 20, seen
-        while seen < start + 20 and time.time() < deadline:
-            if (tmp_path / "index.jsonl").exists():
-                clips = data.Clips(tmp_path)
-                assert len(clips) >= seen
-                seen = len(clips)
-                assert all(clips[i]["kind"] == "seed" for i in range(seen))
-        writer.kill()
-        writer.wait()
-    assert seen >= 40
+def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
+    """Begun, gone on with, finished; until then nobody takes it for a store."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", "a b"])
+    folder, prompts = tmp_path / "agg_0", {f"c{i}": f"number {i}" for i in range(20)}
+
+    class Encoder:
+        seen = []
+
+        def encode(self, given):
+            self.seen.append(len(given))
+            return [torch.full((2, 8), float(text.split()[1])) for text in given]
+
+    def make(upto):
+        store = data.Writer(folder, ranks, {"fps": 16})
+        todo = store.share(list(prompts), 3)
+        store.stage_texts(prompts, Encoder, "captions")
+        for batch in todo:
+            for id in batch:
+                if int(id[1:]) >= upto:
+                    return store, todo
+                text = torch.ones(2, 8) if store.has(id) else store.staged_text(id)
+                store.write(id, torch.zeros(3, 4, 2, 2), text, prompts[id], "a.mp4")
+        store.finish(data.index_entry(id, prompts[id], "seed", 0, "a.mp4") for id in prompts)
+        return store, todo
+    make(4)
+    (folder / "clips/.c9.safetensors.12.tmp").write_text("half")
+    with pytest.raises(common.UserError, match="agg_0 is not finished: .*\nprepare.py --out 'a b'"):
+        data.Clips(folder)
+    assert Encoder.seen == [16, 4] and len(list(folder.glob("text/*"))) == 16
+    kept = data.clip_file(folder, "c3").stat().st_mtime_ns
+    store, todo = make(20)
+    assert todo[0] == ["c3", "c4", "c5"] and len(todo) == 6, "the batch that was begun, as a whole"
+    assert Encoder.seen == [16, 4] and data.clip_file(folder, "c3").stat().st_mtime_ns == kept
+    assert [clip["id"] for clip in data.Clips(folder)] == list(prompts)
+    assert (data.Clips(folder).load(7)["text"] == 7).all()
+    assert {p.name for p in folder.iterdir()} == {"clips", "meta.json", "index.jsonl"}
+    assert len(list(folder.glob("clips/*"))) == 20 and not list(folder.rglob(".*"))
+    with pytest.raises(common.UserError, match="was begun with fps = 16, not 24"):
+        data.Writer(folder, ranks, {"fps": 24})
+    with pytest.raises(common.UserError, match="no space(?s:.*)20 finished clips are kept in"):
+        with store.keeping():
+            raise OSError("no space")
 
 
 def test_a_store_refers_to_its_neighbours_but_not_beyond_the_root(tmp_path):
@@ -641,7 +658,7 @@ def test_a_store_refers_to_its_neighbours_but_not_beyond_the_root(tmp_path):
              "../../outside/clips/c1.safetensors", str(tmp_path / "outside/clips/c1.safetensors"),
              str(root / "agg_0/clips/c1.safetensors"), "sly/clips/c1.safetensors",
              "../agg_0/clips/lost.safetensors"]
-    data.append_index(root / "agg_1", [entry(i, file=file) for i, file in enumerate(files)])
+    data.write_index(root / "agg_1", [entry(i, file=file) for i, file in enumerate(files)])
     clips = data.Clips(root / "agg_1")
     assert (clips.load(0)["latents"] == 1).all() and (clips.load(1)["latents"] == 2).all()
     assert os.path.relpath(clips.locate(clips[1]), root) == "agg_0/clips/c2.safetensors"

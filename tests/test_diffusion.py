@@ -1,6 +1,7 @@
 """Schedules and solvers against known answers and diffusers; generation against forwards without a cache."""
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -40,9 +41,15 @@ def prompts(batch, seed=0):
 NULL = torch.ones(1, 8) / 3
 
 
+def stream(net, text, null=NULL, **options):
+    """generate, with Sampling's fields among the options."""
+    told = {f.name: options.pop(f.name) for f in fields(diffusion.Sampling) if f.name in options}
+    return diffusion.generate(net, text, null, diffusion.Sampling(**told), **dict(shape=SHAPE) | options)
+
+
 def run(net, batch=2, **kwargs):
-    options = dict(shape=SHAPE, frames=9, steps=3, reentry="as-is", null=NULL) | kwargs
-    return diffusion.generate(net, options.pop("text", None) or prompts(batch), **options)
+    options = dict(frames=9, steps=3, text=prompts(batch)) | kwargs
+    return torch.cat([latents for _, latents in stream(net, **options)], 1)
 
 
 # ------------------------------------------------------------------------------------------ flow and solvers
@@ -53,7 +60,7 @@ def test_flow_matching_identities():
     x = diffusion.add_noise(x0, noise, t)
     assert torch.equal(x[0, 0], x0[0, 0]) and torch.equal(x[0, 2], noise[0, 2])
     assert torch.allclose(x[0, 1], 0.75 * x0[0, 1] + 0.25 * noise[0, 1])
-    assert torch.allclose(diffusion.x0_from_v(x, diffusion.velocity(x0, noise), t), x0, atol=1e-6)
+    assert torch.allclose(x - t.view(2, 3, 1, 1, 1) / 1000 * diffusion.velocity(x0, noise), x0, atol=1e-6)
 
 
 def test_grid_of_the_paper():
@@ -67,14 +74,13 @@ def solve(name, sigmas):
     """dx/dsigma = v for data N(0, 0.5^2): x0 and the whole path are known. The relative error at the end."""
     def spread(s):
         return ((1 - s) ** 2 * 0.25 + s**2) ** 0.5
-    step, x = diffusion.SOLVERS[name](sigmas), torch.tensor([spread(sigmas[0])], dtype=torch.float64)
-    for i, s in enumerate(sigmas[:-1]):
-        x0 = (1 - s) * 0.25 / spread(s) ** 2 * x
-        x = step(i, x, (x - x0) / s)
-    return abs(x.item() / spread(sigmas[-1]) - 1)
+    def field(x, s):
+        return (x - (1 - s) * 0.25 / spread(s) ** 2 * x) / s
+    x = torch.tensor([spread(sigmas[0])], dtype=torch.float64)
+    return abs(diffusion.SOLVERS[name](field, x, sigmas, None).item() / spread(sigmas[-1]) - 1)
 
 
-@pytest.mark.parametrize("name,order", [("euler", 1), ("unipc", 2)])
+@pytest.mark.parametrize("name,order", [("euler", 1), ("heun", 2), ("unipc", 2)])
 def test_solvers_have_their_order(name, order):
     errors = [solve(name, torch.linspace(0.9, 0.1, steps + 1).tolist()) for steps in (20, 40, 80)]
     for coarse, fine in itertools.pairwise(errors):
@@ -91,15 +97,37 @@ def test_unipc_is_diffusers_unipc(steps, shift):
     assert peer.sigmas.tolist() == pytest.approx(sigmas, abs=1e-6)
     g = torch.Generator().manual_seed(0)
     x = theirs = torch.randn(2, 3, 4, generator=g)
-    w, step = torch.randn(4, 4, generator=g) / 2, diffusion.unipc(sigmas)
+    w, asked = torch.randn(4, 4, generator=g) / 2, []
 
     def field(x, sigma):
         return torch.tanh(x @ w + sigma) + x
 
-    for i in range(steps):
-        x, theirs = (step(i, x, field(x, sigmas[i])),
-                     peer.step(field(theirs, sigmas[i]), peer.timesteps[i], theirs).prev_sample)
-        assert relative(x, theirs) < 1e-5, f"step {i}"
+    ours = diffusion.unipc(lambda x, sigma: asked.append(x) or field(x, sigma), x, sigmas)
+    for i, following in enumerate([*asked[1:], ours]):
+        theirs = peer.step(field(theirs, sigmas[i]), peer.timesteps[i], theirs).prev_sample
+        assert relative(following, theirs) < 1e-5, f"step {i}"
+
+
+def test_renoising_by_hand():
+    """The four steps of distilled checkpoints: t = 1000, 750, 500, 250 on a shift of 5."""
+    sigmas = diffusion.sigma_grid(4, 5.0, "renoise")
+    assert sigmas == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
+    g = torch.Generator().manual_seed(0)
+    x, *fresh = torch.randn(4, 3, generator=g)
+    made = diffusion.renoise(lambda x, sigma: torch.sin(x) + sigma, x, sigmas, lambda i: fresh[i])
+    for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        x0 = x - sigma * (torch.sin(x) + sigma)
+        x = x0 if i == 3 else (1 - following) * x0 + following * fresh[i]
+    assert torch.equal(made, x)
+
+
+def test_renoising_draws_by_names(net):
+    """Fresh noise for every step and chunk, the same in any batch."""
+    text = prompts(2)
+    both = run(net, text=text, solver="renoise", guidance=1, ids=["a", "b"])
+    alone = run(net, text=text[1:], solver="renoise", guidance=1, ids=["b"])
+    assert relative(both[1:], alone) < 1e-5
+    assert relative(both, run(net, text=text, guidance=1, ids=["a", "b"])) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------ guidance
@@ -128,8 +156,8 @@ def test_guidance_is_its_formula(guidance, history, noise):
     fake, level = Linear(), 0.8
     context = torch.randn(1, 3, *SHAPE, generator=torch.Generator().manual_seed(5))
     text, null = torch.full((2, 8), 0.1), torch.full((1, 8), 0.2)
-    out = diffusion.generate(fake, [text], null, shape=SHAPE, frames=6, steps=1, shift=8.0, guidance=guidance,
-                             context=context, context_noise=noise, history=history, seed=3)
+    out = run(fake, text=[text], null=null, frames=6, steps=1, shift=8.0, guidance=guidance, context=context,
+              context_noise=noise, history=history, seed=3)
     # by hand, from the formula: one Euler step from pure noise with the sum of the branches' velocities
     drawn = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "context", 0, 0))[None]
     x = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "noise", 0, 3))[None]
@@ -209,11 +237,8 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(net):
 def test_windows_by_frame_ids():
     """50 s: 201 latents = one window of 7 chunks and 20 slides that keep 12 and add 3 chunks."""
     fake = Linear()
-    seen = []
-    out = diffusion.generate(fake, prompts(1), NULL, shape=SHAPE, frames=201, steps=2, guidance=1,
-                             reentry="as-is", on_chunk=lambda *chunk: seen.append(chunk))
-    assert out.shape == (1, 201, *SHAPE)
-    assert [(first, z.shape[1], video) for first, z, video in seen] == [(3 * i, 3, None) for i in range(67)]
+    seen = list(stream(fake, prompts(1), frames=201, steps=2, guidance=1))
+    assert [(first, z.shape) for first, z in seen] == [(3 * i, (1, 3, *SHAPE)) for i in range(67)]
     denoise = [c for c in fake.calls if c[1][0, 0] > 0]
     writes = [c for c in fake.calls if c[1][0, 0] == 0]
     assert [c[2] for c in denoise[::2]] == list(range(0, 21, 3)) + [12, 15, 18] * 20
@@ -242,8 +267,15 @@ def test_reentry_through_the_vae(net, vae, reentry, monkeypatch):
             fills.append(x.clone())
         return forward(self, x, t, text, **kwargs)
     monkeypatch.setattr(model.WanModel, "forward", spy)
-    out = run(net, text=prompts(1), frames=12, window=9, keep=6, reentry=reentry, vae=vae, guidance=1)
+    film, pieces, shown = diffusion.Film(vae, 6, reentry), [], []
+    for _, latents in stream(net, prompts(1), steps=3, frames=12, window=9, keep=6, guidance=1,
+                             reenter=film.reenter):
+        pieces.append(latents)
+        shown.append(film.show(latents))
+    out = torch.cat(pieces, 1)
     kept, video = out[:, 3:9], vae.decode(out)
+    assert [film.shape[1] for film in shown] == [vae.frame_count(3), 6, 6, 6], "decoded as one stream"
+    assert relative(torch.cat(shown, 1), video) < 1e-4
     shown = video[:, vae.frame_count(9) - vae.frame_count(6):vae.frame_count(9)]
     expected = kept.clone()
     if reentry == "first":
@@ -254,11 +286,12 @@ def test_reentry_through_the_vae(net, vae, reentry, monkeypatch):
     assert (relative(expected, kept) > 1e-2) == (reentry != "as-is")
 
 
-def test_chunks_are_decoded_as_one_stream(net, vae):
-    pieces = []
-    out = run(net, frames=9, vae=vae, on_chunk=lambda first, z, video: pieces.append(video))
-    assert [p.shape[1] for p in pieces] == [vae.frame_count(3), 6, 6]
-    assert relative(torch.cat(pieces, 1), vae.decode(out)) < 1e-4
+def test_it_goes_no_further_than_asked(net):
+    """A chunk is made when it is asked for, and grad mode is left alone in between."""
+    fake = Linear()
+    chunks = stream(fake, prompts(1), frames=30, steps=2, guidance=1, window=9, keep=6)
+    assert fake.calls == [] and next(chunks)[0] == 0 and len(fake.calls) == 2 and torch.is_grad_enabled()
+    assert next(chunks)[0] == 3 and len(fake.calls) == 5, "the first was shown, two steps made the second"
 
 
 def test_a_prompt_switch_changes_only_what_comes_after(net):
@@ -274,7 +307,7 @@ def test_a_prompt_switch_changes_only_what_comes_after(net):
 def test_nothing_grows_with_the_number_of_chunks(net):
     """Every denoising step of every window runs the same shapes; the cache stays the first one."""
     fake = Linear()
-    diffusion.generate(fake, prompts(1), NULL, shape=SHAPE, frames=48, steps=2, reentry="as-is")
+    run(fake, batch=1, frames=48, steps=2)
     assert {c[0] for c in fake.calls} == {(2, 3, *SHAPE), (2, 12, *SHAPE)}
 
 
@@ -282,7 +315,7 @@ def test_nothing_grows_with_the_number_of_chunks(net):
     (dict(frames=10), "10 latent frames after a context of 0 are no chunks of 3; use 9 or 12"),
     (dict(context=torch.zeros(2, 19, *SHAPE), frames=30), "no room in a window of 21; give at most 18"),
     (dict(frames=9, context=torch.zeros(2, 9, *SHAPE)), "use 12 or 15"), (dict(keep=10), "multiple of 3"),
-    (dict(keep=21), "cannot keep 21"), (dict(frames=24, reentry="first"), "needs the VAE"),
+    (dict(keep=21), "cannot keep 21"),
     (dict(null=None), "empty prompt"), (dict(ids=["a"]), "2 prompts")])
 def test_refusals(net, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -1,12 +1,13 @@
 """Text, image and clip to video, long and with changing prompts: files, their frames, tags and refusals."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import subprocess
 import sys
-import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def write_clip(count, fps=16, file="clip.mp4") -> torch.Tensor:
     clip = torch.full((count, 3, SIZE, SIZE), 40, dtype=torch.uint8)
     for i, frame in enumerate(clip):
         frame[:, 8:20, i % 20:i % 20 + 12] = 200
-    write_video(file, [clip], fps, crf=8)  # not the one that tests watch
+    write_video(file, [clip], fps, crf=8)
     return clip
 
 
@@ -108,18 +109,23 @@ def alike(a: dict, b: dict) -> bool:
 def spy(monkeypatch):
     """What every call of generate was given and made, and the pieces handed to each file."""
     calls, pieces = [], {}
-    generate = diffusion.generate
+    generate, writing = diffusion.generate, data.writing
 
-    def spied_generate(net, text, null, **kwargs):
-        calls.append({"text": text, "null": null} | kwargs)
-        calls[-1]["latents"] = generate(net, text, null, **kwargs)
-        return calls[-1]["latents"]
+    def spied_generate(net, text, null, sampling, **kwargs):
+        calls.append({"text": text, "null": null} | asdict(sampling) | kwargs)
+        made = []
+        for first, latents in generate(net, text, null, sampling, **kwargs):
+            made.append(latents)
+            yield first, latents
+        calls[-1]["latents"] = torch.cat(made, 1)
 
-    def spied_write(path, stream, *args):
-        own = pieces.setdefault(Path(path).stem, [])
-        write_video(path, (own.append(piece) or piece for piece in stream), *args)
+    @contextlib.contextmanager
+    def spied_writing(path, *args, **kwargs):
+        handed = pieces.setdefault(Path(path).stem, []) if len(args) > 1 else []  # with tags: sample.py's own
+        with writing(path, *args, **kwargs) as write:
+            yield lambda piece: handed.append(piece) or write(piece)
     monkeypatch.setattr(diffusion, "generate", spied_generate)
-    monkeypatch.setattr(data, "write_video", spied_write)
+    monkeypatch.setattr(data, "writing", spied_writing)
     return calls, pieces
 
 
@@ -145,13 +151,13 @@ def test_text_to_video(make, models, capsys):
     assert sorted(os.listdir("videos")) == [f"{name}.mp4"]
 
 
-def test_long_video(make, spy):
+def test_long_video(make, models, spy):
     """Windows slide, and the file holds what the VAE shows of all latents, decoded as one stream."""
     calls, pieces = spy
     [film] = make(prompt="a red disc", seconds=3.5, log_drift=True).values()
     assert film.shape[0] == 57 and calls[0]["latents"].shape == (1, 15, 16, 4, 4) and calls[0]["window"] == 9
     [video] = pieces.values()
-    whole = data.to_uint8(calls[0]["vae"].decode(calls[0]["latents"])[0])
+    whole = data.to_uint8(wan_vae.load(models / "wan").decode(calls[0]["latents"])[0])
     assert (torch.cat(video).int() - whole.int()).abs().max() <= 1  # pieces round differently
     assert [piece.shape[0] for piece in video] == [9, 12, 12, 12, 12]
     lines = [json.loads(line) for line in Path("videos/0000-a-red-disc.jsonl").read_text().splitlines()]
@@ -163,7 +169,7 @@ def test_long_video(make, spy):
 
 
 @pytest.mark.parametrize("have,used", [(50, 21), (20, 9), (9, 9)])
-def test_extension_keeps_the_given_frames(make, spy, have, used):
+def test_extension_keeps_the_given_frames(make, models, spy, have, used):
     calls, pieces = spy
     clip = write_clip(have)
     given = frames("clip.mp4")[-used:]  # as h264 has kept it
@@ -172,7 +178,7 @@ def test_extension_keeps_the_given_frames(make, spy, have, used):
     [video] = pieces.values()
     assert torch.equal(video[0], given), "not what the VAE makes of them"
     assert (film[:used].float() - given.float()).abs().mean() < 6
-    assert torch.equal(calls[0]["context"], calls[0]["vae"].encode(data.to_float(given[None])))
+    assert torch.equal(calls[0]["context"], wan_vae.load(models / "wan").encode(data.to_float(given[None])))
 
 
 def test_extension_resamples_and_crops(make, spy):
@@ -242,6 +248,8 @@ def test_every_flag_reaches_the_model(make, models, spy):
                  window=6, keep=3, reentry="as-is")
     make(prompt="a red disc", negative="it stops", history_guidance=1.2, seconds=1, **flags)
     [call] = spy[0]
+    film = call["reenter"].__self__
+    assert (flags.pop("reentry"), 3) == (film.reentry, film.keep)
     assert (flags | {"history": 1.2, "ids": [(0, 0)], "frames": 6}).items() <= call.items()
     torch.testing.assert_close(call["null"], t5.load(models / "wan").encode(["it stops"])[0])
 
@@ -433,61 +441,29 @@ def test_refusals(make, inputs, monkeypatch, flags, message):
 
 
 def test_a_failure_midway_leaves_no_file(make, monkeypatch):
-    """Neither one of the model nor one of an encoder, which works in another thread."""
-    generate = diffusion.generate
+    """Neither one of the model nor one of an encoder."""
+    generate, writing = diffusion.generate, data.writing
 
-    def broken(net, text, null, on_chunk, **kwargs):
-        def stop(first, *rest):
-            if first == 6:
-                raise UserError("the model broke")
-            on_chunk(first, *rest)
-        return generate(net, text, null, on_chunk=stop, **kwargs)
+    def broken(*args, **kwargs):
+        yield from itertools.islice(generate(*args, **kwargs), 2)
+        raise UserError("the model broke")
     flags = dict(prompts=write_prompts("a red disc", "a blue ring"), batch=2, seconds=4)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the model broke"):
         patch.setattr(diffusion, "generate", broken)
         make(**flags)
     assert os.listdir("videos") == []
 
-    def full(path, pieces, *args):
-        if "blue" in path.name:
-            write_video(path, itertools.islice(pieces, 1), *args)
-            path.unlink()
-            raise OSError(28, "No space left on device")
-        write_video(path, pieces, *args)
+    @contextlib.contextmanager
+    def full(path, *args):
+        with writing(path, *args) as write:
+            yield write
+            if "blue" in path.name:
+                raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(data, "write_video", full)
+        patch.setattr(data, "writing", full)
         make(**flags)
-    assert os.listdir("videos") == []
-
-    def late(path, pieces, *args):
-        list(pieces)
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(data, "write_video", late)
-        make(**flags)
+    assert [name for name in os.listdir("videos") if "blue" in name or "tmp" in name] == []
     assert len(make(**flags)) == 2
-
-
-def test_a_slow_encoder_holds_the_model_up(tmp_path, monkeypatch):
-    """One piece is with the encoder and two wait for it; the fourth has to stay with the model."""
-    go = threading.Event()
-
-    def slow(path, pieces, *args):
-        write_video(path, (piece for piece in pieces if go.wait(60)), *args)
-    monkeypatch.setattr(data, "write_video", slow)
-    video = sample.Video(tmp_path / "a.mp4", 0, 0, [], {"fps": 16, "crf": 18, "preset": "ultrafast"})
-    with sample.writing(video) as send:
-        def push():
-            for _ in range(4):
-                send(torch.zeros(1, 3, SIZE, SIZE))
-        thread = threading.Thread(target=push)
-        thread.start()
-        thread.join(0.5)
-        held = thread.is_alive()
-        go.set()
-        thread.join()
-    assert held
-    assert len(frames(video.path)) == 4
 
 
 def test_the_command_line(models, tmp_path):

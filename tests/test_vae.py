@@ -178,36 +178,47 @@ def test_full_size_matches_the_published_layout():
 # ----------------------------------------------------------------------------------------------------
 # pieces, frame 0, memory
 
-def split(x, sizes):
-    return x.split([*sizes, x.shape[1] - sum(sizes)], 1)
-
-
 def test_any_piece_size_gives_the_same(ours):
     video, z = clip(29), noise(1, 8, 16, 4, 3)
-    latents, frames = ours.encode(video, piece=8), ours.decode(z, piece=8)
+    (mean, _), frames = ours.posterior(video, piece=8), ours.reconstruct(z, piece=8)
     for piece in (1, 2, 3, 7):
-        close(ours.encode(video, piece), latents)
-        close(ours.decode(z, piece), frames)
-    for sizes in ([], [1], [1, 4, 4], [2, 2, 2, 2], [7, 1, 13], [1] * 28, [28]):
-        close(torch.cat(list(ours.encode_stream(split(video, sizes))), 1), latents)
-    for sizes in ([], [1], [2, 1, 4], [3, 3], [1] * 7):
-        close(torch.cat(list(ours.decode_stream(split(z, sizes))), 1), frames)
+        close(ours.posterior(video, piece)[0], mean)
+        close(ours.reconstruct(z, piece), frames)
 
 
-def test_streams_yield_as_soon_as_they_can(ours):
-    given, seen = [], []
+def stream(way, x, sizes, state):
+    """What `way` gives for x in parts of these sizes and a last one with the rest."""
+    for part in x.split([*sizes, x.shape[1] - sum(sizes)], 1):
+        part = part.clone()
+        yield way(part, state)
+        part.fill_(torch.nan)  # a caller may use its memory again
 
-    def feed(pieces):
-        for piece in pieces:
-            given.append(piece.shape[1])
-            yield piece
 
-    for z in ours.encode_stream(feed(split(clip(13, 8, 8), [1, 1, 3, 4]))):
-        seen.append((sum(given), z.shape[1]))
-    assert seen == [(1, 1), (5, 1), (9, 1), (13, 1)]
-    given.clear()
-    stream = ours.decode_stream(feed(split(noise(1, 4, 16, 1, 1), [1, 2])))
-    assert [(sum(given), video.shape[1]) for video in stream] == [(1, 1), (3, 8), (4, 4)]
+def test_a_stream_equals_the_whole(ours):
+    video, z = clip(29), noise(1, 8, 16, 4, 3)
+    latents, frames = ours.encode(video), ours.decode(z)
+    assert torch.equal(ours.encode(video, {}), latents) and torch.equal(ours.decode(z, {}), frames)
+    for sizes in ([1], [1, 4, 4], [2, 2, 2, 2], [3, 2, 9, 1, 1], [7, 1, 13], [1] * 28):
+        close(torch.cat([*stream(ours.encode, video, sizes, {})], 1), latents)
+    for sizes in ([1], [2, 1, 4], [3, 3], [1] * 7):
+        close(torch.cat([*stream(ours.decode, z, sizes, {})], 1), frames)
+
+
+def test_a_stream_gives_what_is_complete_and_holds_the_rest(ours):
+    state, video = {}, clip(16, 8, 8, batch=2)
+    pieces = [(z, state["held"].shape[1]) for z in stream(ours.encode, video, [1, 1, 2, 4, 5], state)]
+    assert [(z.shape[1], held) for z, held in pieces] == [(1, 0), (0, 1), (0, 3), (1, 3), (2, 0), (0, 3)]
+    assert pieces[1][0].shape == (2, 0, 16, 1, 1) and pieces[1][0].dtype == torch.float32
+    close(torch.cat([z for z, _ in pieces], 1), ours.encode(video[:, :13]))
+    pieces = stream(ours.decode, noise(1, 4, 16, 1, 1), [1, 2], {})
+    assert [video.shape[1] for video in pieces] == [1, 8, 4]
+
+
+def test_streams_at_the_same_time_do_not_meet(ours):
+    for way, x in (ours.encode, clip(13, 8, 8, batch=2)), (ours.decode, noise(2, 4, 16, 1, 1)):
+        pairs = zip(*(stream(way, one[None], [1, 2], {}) for one in x), strict=True)
+        for one, pieces in zip(x, zip(*pairs, strict=True), strict=True):
+            close(torch.cat(pieces, 1), way(one[None]))
 
 
 def test_frame_0_stands_alone(ours):
@@ -243,16 +254,12 @@ def live_bytes():
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_memory_does_not_grow_with_the_video(ours, way):
-    if way == "decode":
-        stream = ours.decode_stream(noise(1, 2, 16, 1, 1) for _ in range(21))
-    else:
-        stream = ours.encode_stream(clip(4 if i else 5, 8, 8) for i in range(21))
-    sizes = []
-    for i, piece in enumerate(stream):
-        del piece
-        if i in (1, 10, 19):
+    state, sizes = {}, []
+    for i in range(21):
+        getattr(ours, way)(clip(6, 8, 8) if way == "encode" else noise(1, 2, 16, 1, 1), state)
+        if i in (2, 10, 20):  # the encoder holds one frame back at each
             sizes.append(live_bytes())
-    assert len(sizes) == 3 and len(set(sizes)) == 1, sizes
+    assert len(set(sizes)) == 1, sizes
 
 
 @pytest.mark.parametrize("way", ["encoder", "decoder"])
@@ -266,7 +273,7 @@ def test_what_is_kept_does_not_depend_on_the_piece(ours, way, monkeypatch):
     monkeypatch.setattr(getattr(ours, way), "forward", spy)
     kept = []
     for piece in (2, 6):
-        ours.decode(ours.encode(clip(45, 8, 8), piece), piece)
+        ours.reconstruct(ours.posterior(clip(45, 8, 8), piece)[0], piece)
         values = [v for value in states[-1].values() for v in (value if isinstance(value, list) else [value])]
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         kept.append(sum(v.untyped_storage().nbytes() for v in tensors))
@@ -293,16 +300,21 @@ def test_a_long_video_goes_through_in_small_pieces(ours, monkeypatch):
 def test_gradients_do_not_change_the_result(ours):
     trained = copy.deepcopy(ours).requires_grad_()
     video, z = clip(9), noise(1, 3, 16, 4, 3)
-    close(trained.encode(video, piece=2).detach(), ours.encode(video))
-    close(trained.decode(z, piece=2).detach(), ours.decode(z))
     mean, _ = trained.posterior(video, piece=1)
+    close(ours.normalise(mean).detach(), ours.encode(video))
+    close(trained.decode(z).detach(), ours.decode(z))
+    close(trained.decode(z, {}), ours.decode(z))
+    assert not trained.encode(video, {}).requires_grad and not trained.decode(z, {}).requires_grad
     (trained.reconstruct(mean, piece=1) - video).square().mean().backward()
     unused = {"conv1.weight", "conv1.bias"}  # the log variance is half of conv1's output
     assert all(p.grad is not None and p.grad.isfinite().all() and (name in unused or p.grad.any())
                for name, p in trained.named_parameters())
     z.requires_grad_()
-    ours.decode(z, piece=1).sum().backward()  # through frozen weights
+    ours.reconstruct(z, piece=1).sum().backward()  # through frozen weights
     assert z.grad[:, 0].any() and z.grad[:, 2].any()
+    before = z.grad.clone()
+    ours.decode(z).sum().backward()
+    assert not torch.equal(z.grad, before)
 
 
 def test_normalisation_goes_there_and_back(ours):
@@ -355,10 +367,11 @@ def test_decode_refuses(ours, z, says):
         ours.decode(z())
 
 
-@pytest.mark.parametrize("sizes, says", [([5, 2], "7 frames.*5 or 9"), ([], "0 frames.*give 1")])
-def test_encode_stream_refuses_the_wrong_count_at_its_end(ours, sizes, says):
-    with pytest.raises(UserError, match=says):
-        list(ours.encode_stream(clip(n, 8, 8) for n in sizes))
+def test_a_stream_refuses_the_wrong_shape(ours):
+    with pytest.raises(UserError, match="height 20.*16 or 24"):
+        ours.encode(clip(1, 20, 8), {})
+    with pytest.raises(UserError, match="nothing in it"):
+        ours.decode(noise(1, 0, 16, 1, 1), {})
 
 
 def test_broken_and_foreign_files_are_named(theirs, ours, tmp_path):
