@@ -200,7 +200,7 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
     reenter   a function of those frames, [B, keep, C, H, W], to what the next window is shown of them
     """
     schedule = text if isinstance(text[0], tuple) else [(0, text)]
-    batch, device = len(schedule[0][1]), model.head.modulation.device
+    batch, device = len(schedule[0][1]), model.device
     ids = list(range(batch)) if ids is None else ids
     begin = 0 if context is None else context.shape[1]
     branches = guidance_branches(sampling)

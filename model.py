@@ -6,6 +6,10 @@
     L = F * S tokens, N heads, D head dim. Latents are [B, F, C, H, W]; t is [B, F], from 0 (clean) to 1000
     (noise). The output is the velocity v = noise - x0.
 
+Another network in its place needs what the rest of the project uses of this one: forward(x, t, text, chunk,
+clean, cache, start), new_cache, device and config (in_dim, text_dim, text_len); to be trained also
+checkpointing, compile_blocks and blocks; and load, save, read_checkpoint and settings of this file.
+
 Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
 and attention run in `compute`. Parameters of those products are stored in `dtype` (fp32 while training).
 """
@@ -287,6 +291,10 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(Block(c, linear) for _ in range(c.num_layers))
         self.head = Head(c)
 
+    @property
+    def device(self) -> torch.device:
+        return self.head.modulation.device
+
     def forward(self, x, t, text, chunk=3, clean=None, cache=None, start=0):
         """x [B, F, C, H, W], t [B, F], text [B, n, text_dim] (zero rows are padding) -> v like x, in fp32.
 
@@ -401,7 +409,7 @@ class Cache:
     """Keys (after RoPE) and values of the frames seen so far, and those of the prompt. All state is here."""
 
     def __init__(self, model: WanModel, batch: int, frames: int, height: int, width: int):
-        c, device = model.config, model.head.modulation.device
+        c, device = model.config, model.device
         self.frames, self.per_frame, self.filled, self.text = frames, height * width // PATCH**2, 0, None
         heads = (c.num_heads, c.dim // c.num_heads)
         self.k, self.v = torch.empty(2, c.num_layers, batch, frames * self.per_frame, *heads,
@@ -568,7 +576,7 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
 @torch.no_grad()
 def check_causal(model: WanModel):
     """On noise: no frame may feel a later chunk, every later one must, and the cache must agree."""
-    c, device, head = model.config, model.head.modulation.device, model.head.head.weight
+    c, device, head = model.config, model.device, model.head.head.weight
     if untrained := not head.any():  # a fresh head predicts nothing, which would prove nothing
         head.fill_(0.01)
     x, text = (torch.randn(shape, generator=common.rng("check", i)).to(device)

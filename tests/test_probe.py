@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +103,7 @@ class Walk:
     drift, or with steps of another spread."""
 
     def __init__(self, drift=0.0, spread=1.0):
-        self.head = SimpleNamespace(modulation=torch.zeros(1))  # where generate looks for the device
+        self.device = torch.device("cpu")
         self.drift, self.spread = drift, spread
 
     def new_cache(self, batch, frames, height, width):
