@@ -164,6 +164,13 @@ def my_share(batches: list[list], ranks: Ranks, done: Callable) -> list[list]:
     return [batch for batch in batches[ranks.rank::ranks.world] if not all(map(done, batch))]
 
 
+def gathered(part: list, ranks: Ranks) -> list:
+    """The lists of all ranks, one after another, on every rank."""
+    parts = [None] * ranks.world
+    dist.all_gather_object(parts, part)
+    return list(itertools.chain.from_iterable(parts))
+
+
 def ahead(function, items, workers: int = 2):
     """(item, function(item)) in order, computed by threads a few items ahead of whoever asks."""
     with ThreadPoolExecutor(workers) as pool:

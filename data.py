@@ -206,6 +206,7 @@ def read_image(path, size=None) -> torch.Tensor:
 # videos out
 
 def write_video(path, pieces: Iterable[torch.Tensor], *args, **kwargs):
+    """All of a video; the rest is as for writing()."""
     with writing(path, *args, **kwargs) as write:
         for piece in pieces:
             write(piece)

@@ -32,7 +32,7 @@ import probe
 import report
 import toy
 from common import UserError, print0
-from metrics import gathered, mean, sem
+from metrics import mean, sem
 
 
 @dataclass
@@ -200,7 +200,7 @@ def find_videos(folders: dict[str, Path], is_toy: bool, ranks, same_kind=True):
         except UserError as error:
             results.append((i, str(error)))
     clips = []
-    for i, clip in sorted(gathered(results, ranks), key=lambda pair: pair[0]):
+    for i, clip in sorted(common.gathered(results, ranks), key=lambda pair: pair[0]):
         if isinstance(clip, str):
             skipped[str(listed[i][1])] = clip
         else:
@@ -247,7 +247,7 @@ def score_all(jobs: list[Job], stride: int, ranks) -> dict[str, str]:
                 score(job, stride, ranks.device, bar)
             except UserError as error:
                 errors.append((job.file, str(error)))
-    errors = dict(gathered(errors, ranks))
+    errors = dict(common.gathered(errors, ranks))
     return {str(job.clip.path): errors[job.file] for job in jobs if job.file in errors}
 
 

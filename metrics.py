@@ -5,7 +5,6 @@ entries: its name and meaning in FREE or OPTIONAL, and the function that compute
 Shapes: n frames or windows of frames, m values along a video, D features.
 """
 
-import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import vbench
@@ -301,10 +299,3 @@ def sem(values) -> float:
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else math.nan
-
-
-def gathered(part: list, ranks) -> list:
-    """The lists of all ranks, one after another, on every rank."""
-    parts = [None] * ranks.world
-    dist.all_gather_object(parts, part)
-    return list(itertools.chain.from_iterable(parts))

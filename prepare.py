@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -103,9 +102,7 @@ def encode_videos(cfg, sources, geometry, store, ranks, dtype, skipped):
 
 def finish(sources, store, ranks, skipped):
     """The index, and what was skipped, and why."""
-    out, reasons = store.folder, [None] * ranks.world
-    dist.all_gather_object(reasons, skipped)
-    skipped = dict(item for part in reasons for item in part.items())
+    out, skipped = store.folder, dict(common.gathered(list(skipped.items()), ranks))
     reasons = [reason for _, reason in sorted(skipped.items())]
     if ranks.rank == 0:
         common.write_text(out / "skipped.txt", "".join(f"{reason}\n" for reason in reasons))

@@ -18,7 +18,7 @@ import metrics
 import model
 import vae
 from common import UserError
-from metrics import gathered, mean, sem
+from metrics import mean, sem
 
 VERSION = 2  # of the results on disk
 LEVELS = (100, 300, 500, 700, 900)  # noise levels t
@@ -97,7 +97,7 @@ def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[i
             inputs = (net, x, text, null, clip["id"], settings)
             results.append((i, own_minus_real(*inputs), *recovery(coder, *inputs)))
             bar.update()
-    _, gaps, real, continued = zip(*sorted(gathered(results, ranks)), strict=True)
+    _, gaps, real, continued = zip(*sorted(common.gathered(results, ranks)), strict=True)
     continued = np.array(continued)  # [clips, kinds, chunks, statistics]
     low, high = np.quantile(np.concatenate(real), (0.05, 0.95), axis=0)
     within = ((continued >= low) & (continued <= high)).all(-1)  # [clips, kinds, chunks]

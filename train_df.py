@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -363,8 +364,9 @@ def finished(cfg, clips, ranks) -> bool:
     if ranks.rank == 0:
         common.claim(Path(cfg.out, "run.json"), own, command=sys.argv, torch=torch.__version__)
         intact = {folder for _, folder in checkpoints(Path(cfg.out))}
-        for half in set(Path(cfg.out).glob("train/step-*")) - intact:  # written or removed by a killed run
-            shutil.rmtree(half)
+        for folder in set(Path(cfg.out).glob("train/step-*")) - intact:  # a killed run wrote or removed it
+            if re.fullmatch(r"step-\d+", folder.name):
+                shutil.rmtree(folder)
     dist.barrier()
     done = Path(cfg.out, "config.json")
     return done.exists() and common.read_json(done).get("step") == cfg.steps
@@ -646,9 +648,7 @@ def preview(cfg, clips, state, step: int, ranks):
                 path = folder / f"step-{step:06d}-{place}.mp4"
                 data.write_video(path, [video], clips.meta["fps"], {"prompt": clip["prompt"], "step": step})
                 strips.append((place, video[torch.linspace(0, len(video) - 1, 8).long()].cpu()))
-    everyone = [None] * ranks.world
-    dist.all_gather_object(everyone, strips)
-    rows = sorted((row for part in everyone for row in part), key=lambda row: row[0])
+    rows = sorted(common.gathered(strips, ranks), key=lambda row: row[0])
     if ranks.rank == 0:
         data.film_strip(folder / f"step-{step:06d}.png", [video for _, video in rows], height=128)
     print0(f"step {step}/{cfg.steps} | preview in {folder}")
@@ -680,20 +680,18 @@ def stop_if_broken(cfg, clips, state, ranks):
     step = int(state.broken)
     if step < 0:
         return
-    found, names = [], []
+    names, broken = [], []
     for share in itertools.takewhile(lambda share: share[0] == step, shares(cfg, ranks, step)):
         batch = clips.micro_batch(share).to(ranks.device)
         with torch.no_grad():
             finite = clip_losses(errors(cfg, state.net, batch), batch.weight).isfinite()
         names += batch.ids
-        found += [id for id, fine in zip(batch.ids, finite.tolist(), strict=True) if not fine]
-    everyone = [None] * ranks.world
-    dist.all_gather_object(everyone, (found, names))
-    found, names = (sum(parts, []) for parts in zip(*everyone, strict=True))
+        broken += [id for id, fine in zip(batch.ids, finite.tolist(), strict=True) if not fine]
+    names, broken = common.gathered(names, ranks), common.gathered(broken, ranks)
     newest = checkpoints(Path(cfg.out))
     raise UserError(
         f"step {step + 1}: the gradient is not finite; the weights were left as they were before it.\n"
-        + (f"The loss is not finite on {', '.join(found)}" if found else f"Its clips: {', '.join(names)}")
+        + (f"The loss is not finite on {', '.join(broken)}" if broken else f"Its clips: {', '.join(names)}")
         + (f"; the newest checkpoint is {newest[-1][1]}" if newest else "; there is no checkpoint yet"))
 
 

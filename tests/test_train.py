@@ -624,6 +624,7 @@ def test_leftovers_of_killed_runs_are_swept(world, tmp_path, reference):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("half")
     (out / ".mine.tmp").write_text("not ours")
+    (out / "train/step-3-backup").mkdir()
     run(full_config(world, out))
     left = {p.relative_to(out).as_posix() for p in out.rglob("*") if ".tmp" in p.name or p.name == "step-3"}
-    assert left == {".mine.tmp"} and (out / "config.json").exists()
+    assert left == {".mine.tmp"} and (out / "train/step-3-backup").exists() and (out / "config.json").exists()
