@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from worlds import torchrun
 
 import aggregate
 import common
@@ -364,9 +365,7 @@ def test_ranks_leave_no_trace(work, ranks):
 
 
 def test_torchrun_leaves_no_trace(work):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(SCRIPT),
-               "--rollouts", "rollout_0", "--out", "shared"]
+    command = [*torchrun(2), str(SCRIPT), "--rollouts", "rollout_0", "--out", "shared"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "3 rollouts; 2 to reverse on this rank, the first of 2" in done.stdout

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from worlds import torchrun
 
 import common
 
@@ -79,14 +79,14 @@ def test_an_error_is_a_line_and_one_process_is_a_group(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def python(*args):
+    def run(*args, ranks=1):
         env = {**os.environ, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
+        done = subprocess.run([*torchrun(ranks), script, *args], capture_output=True, text=True, env=env)
         return done.returncode, done.stdout, done.stderr
-    assert python(script) == (1, "", "script.py: 7 is not a multiple of 4; use 8\n")
-    assert python(script, "--what", "start")[:2] == (0, "rank 0 of 1 on cpu\n")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    assert python(*torchrun, script, "--what", "start")[:2] == (0, "rank 0 of 2 on cpu\n")
+    assert run() == (1, "", "script.py: 7 is not a multiple of 4; use 8\n")
+    for ranks in (1, 2):
+        code, said, complaint = run("--what", "start", ranks=ranks)
+        assert (code, said) == (0, f"rank 0 of {ranks} on cpu\n"), complaint
 
 
 def test_seeds_are_functions_of_names():

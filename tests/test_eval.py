@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from worlds import torchrun
 
 import data
 import eval_drift
@@ -73,8 +74,7 @@ def evaluate(tmp_path, monkeypatch):
 
 
 def script(*args, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(SCRIPT), *map(str, args)]
+    command = [*torchrun(ranks), str(SCRIPT), *map(str, args)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True)
 
 

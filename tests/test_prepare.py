@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from worlds import torchrun
 
 import common
 import data
@@ -42,8 +43,7 @@ def alone():
 
 
 def script(*args, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "prepare.py", *map(str, args)]
+    command = [*torchrun(ranks), "prepare.py", *map(str, args)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True)
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from worlds import torchrun
 
 import common
 import data
@@ -246,12 +247,10 @@ def test_held_out_clips_are_never_rolled_out(world, make):
 
 
 def call(*argv, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("RANK", None)
-    return subprocess.run([sys.executable, *map(str, [*launcher, SCRIPT, *argv])], capture_output=True,
-                          text=True, env=environment)
+    return subprocess.run([*torchrun(ranks), *map(str, [SCRIPT, *argv])], capture_output=True, text=True,
+                          env=environment)
 
 
 def child(world, patch=lambda: None, **flags):

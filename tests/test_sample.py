@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.distributed as dist
+from worlds import torchrun
 
 import common
 import data
@@ -284,10 +284,9 @@ def test_a_video_is_the_same_in_any_batch_and_on_any_rank(make, models, spy):
     again = torch.cat([call["latents"] for call in calls[:2]])
     assert (again - latents).norm() < 1e-5 * latents.norm()
     pairs = make(**flags, batch=2, out="pairs")
-    done = call("-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0", SCRIPT, "--model", models / "model", "--batch", 2,
-                "--steps", 1, "--window", 6, "--keep", 3, "--preset", "ultrafast", "--prompts", "p.jsonl",
-                "--samples", 2, "--seconds", 1.5, "--out", "ranks")
+    done = call(SCRIPT, "--model", models / "model", "--batch", 2, "--steps", 1, "--window", 6, "--keep", 3,
+                "--preset", "ultrafast", "--prompts", "p.jsonl", "--samples", 2, "--seconds", 1.5,
+                "--out", "ranks", ranks=2)
     assert done.returncode == 0, done.stderr
     assert alike(films("ranks"), alone) and "6 videos of 32x32; 4 to make on this rank" in done.stdout
     assert same(films("ranks"), pairs), "the same batches, wherever they are made"
@@ -300,10 +299,11 @@ def test_only_equal_schedules_share_a_batch(make, spy):
     assert alike(make(prompts=prompts, seconds=4, out="alone"), made)
 
 
-def call(*argv):
+def call(*argv, ranks=1):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     environment.pop("RANK", None)
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=environment)
+    return subprocess.run([*torchrun(ranks), *map(str, argv)], capture_output=True, text=True,
+                          env=environment)
 
 
 def test_a_restart_makes_what_is_missing(make, spy, capsys):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from worlds import torchrun
 
 import common
 import data
@@ -87,14 +88,13 @@ def run(cfg: Config):
 
 
 def command(cfg: Config, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     flags = []
     for key, value in vars(cfg).items():
         if isinstance(value, bool):
             flags.append(f"--{'no-' * (not value)}{key.replace('_', '-')}")
         elif value is not None:
             flags += ["--" + key.replace("_", "-"), str(value)]
-    return [sys.executable, *launcher, str(SCRIPT), *flags]
+    return [*torchrun(ranks), str(SCRIPT), *flags]
 
 
 def script(cfg: Config, ranks=1):
