@@ -65,6 +65,9 @@ one() { if [ "$node" = 0 ]; then "$PYTHON" "$here/$1" "${@:2}"; fi; }   # in one
 # A node that is ahead waits for the others at the next stage. Each stage has a port of its own, lest it meets
 # the stage before, and half a day for all nodes to come, as ranks have for one another
 port=${PET_MASTER_PORT:-29500}
+if [ "$nodes" = 1 ]; then   # a free port, so that two runs can share a machine
+    export PET_RDZV_BACKEND=${PET_RDZV_BACKEND:-c10d} PET_RDZV_ENDPOINT=${PET_RDZV_ENDPOINT:-localhost:0}
+fi
 export PET_RDZV_CONF=${PET_RDZV_CONF:-timeout=43200}
 all() {
     if [ "$NPROC" = 1 ] && [ "$nodes" = 1 ]; then one "$@"

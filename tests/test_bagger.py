@@ -117,12 +117,12 @@ def test_refusals(tmp_path, more, message):
 
 STAND_IN = """#!/bin/sh
 if [ "$1" = -c ]; then echo 1; exit; fi
-(printf '%s\\037' "$PET_MASTER_PORT" "$@"; echo) >> "$RECORD"
+(printf '%s\\037' "$PET_RDZV_ENDPOINT:$PET_MASTER_PORT" "$@"; echo) >> "$RECORD"
 """
 
 
 def recorded(tmp_path, **more) -> list[list[str]]:
-    """[[port of torchrun, argument, ...] of every command], without the folder of the scripts."""
+    """[[where torchrun's processes meet, argument, ...] of every command], without the folder of the scripts."""
     python, record = tmp_path / "python", tmp_path / "record"
     python.write_text(STAND_IN)
     python.chmod(0o755)
@@ -150,6 +150,7 @@ def test_the_commands_of_a_real_run(tmp_path):
     plan, *commands = recorded(tmp_path, **REAL, NPROC="8")
     assert plan[1:3] == ["bench.py", "plan"] and "--baselines" in plan
     assert all(command[1:5] == [*TORCHRUN, "8"] for command in commands)
+    assert all(command[0].startswith("localhost:0:") for command in commands), "any port, so that two can run"
     again = ["rollout.py", "aggregate.py", "train_df.py"]
     assert [command[5] for command in commands] == [
         "prepare.py", "train_df.py", *again, *again, *["sample.py"] * 5, "eval_drift.py"]
@@ -196,6 +197,7 @@ def test_two_nodes_of_one_process(tmp_path):
     assert first == second, "all the rest both do, through torchrun and at the same ports"
     assert all(command[1:5] == [*TORCHRUN, "1"] for command in first)
     assert len({command[0] for command in first}) == len(first), "a port for each stage"
+    assert all(command[0].startswith(":") for command in first), "at the other machine's address"
     assert not any("torch.distributed.run" in word for command in recorded(tmp_path, **REAL, NPROC="1")
                    for word in command), "one process alone needs none"
 
