@@ -136,6 +136,14 @@ def start_ranks(device: str | None = None) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
+def for_device(cfg, device: torch.device):
+    """The Config with the defaults that depend on the device. On a GPU: bfloat16, and compiled blocks."""
+    gpu = device.type == "cuda"
+    defaults = {"dtype": "bfloat16" if gpu else "float32", "compile": gpu, "recompute": gpu}
+    open_flags = {name for name in defaults if getattr(cfg, name, "absent") is None}
+    return dataclasses.replace(cfg, **{name: defaults[name] for name in open_flags})
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 products a second, by the maker's word, of the GPUs we know."""
     peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -152,6 +160,11 @@ def progress(total: int, what: str, ranks: Ranks):
     """A bar on rank 0, whose share stands for all."""
     hidden = None if ranks.rank == 0 else True  # None: unless somebody watches
     return tqdm(total=total, desc=what, unit=" " + what, dynamic_ncols=True, disable=hidden)
+
+
+def share_of(ranks: Ranks) -> str:
+    """Says whose work a count is, behind the count, where there are several ranks."""
+    return f" on this rank, the first of {ranks.world}" if ranks.world > 1 else ""
 
 
 def batched(items: list, size: int) -> list[list]:
@@ -216,17 +229,17 @@ def sweep(folder):
             file.unlink(missing_ok=True)
 
 
-def claim(file, own: dict, **about) -> bool:
+def claim(file, recipe: dict, **about) -> bool:
     """file says how all in its folder is made: writes it (and, for people, about), or refuses a folder that
-    was begun in another way. True: it was begun before. What a killed process left half-written goes."""
+    was begun by another recipe. True: it was begun before. What a killed process left half-written goes."""
     file = Path(file)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         sweep(file.parent)
-        write_text(file, json.dumps(own | about, ensure_ascii=False, indent=1) + "\n")
+        write_text(file, json.dumps(recipe | about, ensure_ascii=False, indent=1) + "\n")
         return False
     before = read_json(file)
-    for key, value in own.items():
+    for key, value in recipe.items():
         if before.get(key) != value:
             raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
                             "another --out, or remove it")
