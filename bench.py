@@ -1,10 +1,10 @@
-"""How fast each stage is, against the hardware's limit and against peers.
+"""Benchmarks of each stage, against the limit of the hardware and against peers.
 
-    python bench.py vae --width 32 --frames 33 --size 128x128      # our VAE against diffusers'
-    python bench.py train --frames 81 --size 32x32                 # a step against its bare passes
+    python bench.py vae --width 32 --frames 33 --size 128x128      # the VAE against diffusers'
+    python bench.py train --frames 81 --size 32x32                 # a training step against its bare passes
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
-    python bench.py plan --wan Wan2.1-T2V-1.3B --videos clips/ --out run     # what bagger.sh will take
+    python bench.py plan --wan Wan2.1-T2V-1.3B --videos clips/ --out run     # cost of a run of bagger.sh
 """
 
 import contextlib
@@ -46,34 +46,35 @@ MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, t
 
 @dataclass
 class Config:
-    what: Literal["vae", "train", "generate", "plan"] = positional()  # the stage to measure
-    width: int = 32  # base width of the VAE; Wan2.1's is 96
-    model: Literal["toy", "1.3B"] = "toy"  # the transformer's sizes; its weights are random
-    frames: int = 33  # of the video, 4n+1
-    size: str = "128x128"  # of the video, WIDTHxHEIGHT
-    batch: int = 16  # clips in a training step, or videos made at once
-    micro: int = 16  # clips computed at once in training
-    steps: int = 10  # of the solver for each chunk
-    repeats: int = 5  # of every measurement; the median is shown
-    soak: int = 200  # train: further steps over which memory must not grow
-    wan: str = ""  # plan: the Wan directory that training begins with
-    videos: str = ""  # plan: the videos to train on
-    out: str = "run"  # plan: where the run will go; its disk must hold it
-    rounds: int = 3  # plan: of rollouts
-    prompts: str = "prompts.txt"  # plan: of the videos to make with every model
-    seconds: float = 50.0  # plan: of each of them
-    # plan: also videos of the seed model with noised context, and with history guidance
+    # What to measure; plan: the cost of a run of bagger.sh
+    what: Literal["vae", "train", "generate", "plan"] = positional()
+    width: int = 32  # Base width of the VAE (vae); Wan2.1's is 96
+    model: Literal["toy", "1.3B"] = "toy"  # Size of the transformer; its weights are random
+    frames: int = 33  # Frames of a video, 4n+1
+    size: str = "128x128"  # Size of a video, WIDTHxHEIGHT
+    batch: int = 16  # Clips per training step, or videos generated at once
+    micro: int = 16  # Clips per forward and backward pass (train)
+    steps: int = 10  # Solver steps per chunk (generate)
+    repeats: int = 5  # Repetitions of each measurement, of which the median is shown
+    soak: int = 200  # Further steps over which the growth of memory is measured (train)
+    wan: str = ""  # Plan: the Wan directory that training starts from
+    videos: str = ""  # Plan: the videos to train on, as for prepare.py
+    out: str = "run"  # Plan: the folder of the run, on the disk that must hold it
+    rounds: int = 3  # Plan: rounds of rollouts and training
+    prompts: str = "prompts.txt"  # Plan: prompts of the videos to make with each model
+    seconds: float = 50.0  # Plan: length of these videos
+    # Plan: also make the seed model's videos with noised context and with history guidance
     baselines: bool = False
-    nproc: str = "gpu"  # plan: processes on each machine, or gpu: one for each GPU here
-    nodes: int = 1  # plan: machines
-    prepare: str = ""  # plan: more flags for prepare.py, as one text
-    train: str = ""  # plan: more flags for train_df.py
-    rollout: str = ""  # plan: more flags for rollout.py
-    aggregate: str = ""  # plan: more flags for aggregate.py
-    sample: str = ""  # plan: more flags for sample.py
-    eval: str = ""  # plan: more flags for eval_drift.py
-    device: str = "cpu"  # cpu, cuda or cuda:N
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    nproc: str = "gpu"  # Plan: processes on each machine, or gpu for one per GPU
+    nodes: int = 1  # Plan: number of machines
+    prepare: str = ""  # Plan: further flags for prepare.py, in one string
+    train: str = ""  # Plan: further flags for train_df.py
+    rollout: str = ""  # Plan: further flags for rollout.py
+    aggregate: str = ""  # Plan: further flags for aggregate.py
+    sample: str = ""  # Plan: further flags for sample.py
+    eval: str = ""  # Plan: further flags for eval_drift.py
+    device: str = "cpu"  # Device to measure on: cpu, cuda or cuda:N
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Data type of weights and activations
 
 
 def main(cfg: Config):
@@ -84,7 +85,7 @@ def main(cfg: Config):
 
 
 def cpu():
-    info = Path("/proc/cpuinfo")  # Linux only, and the only place that names the CPU there
+    info = Path("/proc/cpuinfo")  # on Linux, where platform.processor() does not name the CPU
     name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return name[1] if name else platform.processor()
 
@@ -101,7 +102,7 @@ def latent_shape(cfg) -> tuple[int, ...]:
 
 
 def alternate(repeats: int, device: str, *functions) -> list[float]:
-    """Median seconds of each; they take turns, so that a slow spell of the machine hits all alike."""
+    """Median seconds of each function; they alternate, so that a slow phase of the machine affects all."""
     def seconds(function):
         start = time.perf_counter()
         function()
@@ -109,7 +110,7 @@ def alternate(repeats: int, device: str, *functions) -> list[float]:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    for function in functions:  # the first call also plans and allocates
+    for function in functions:  # the first call also allocates and compiles
         seconds(function)
     rounds = [[seconds(function) for function in functions] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
@@ -117,7 +118,7 @@ def alternate(repeats: int, device: str, *functions) -> list[float]:
 
 @torch.no_grad()
 def bench_vae(cfg: Config):
-    """The same random weights and input, through our VAE and through diffusers'."""
+    """Encodes and decodes a random video with this VAE and with diffusers', which has the same weights."""
     try:
         from diffusers import AutoencoderKLWan
     except ImportError:
@@ -141,25 +142,26 @@ def bench_vae(cfg: Config):
     print(f"width {cfg.width}, {cfg.frames} frames of {cfg.size}, median of {cfg.repeats}\n\n"
           "|        | ours, s | diffusers, s | ratio | ours, clips/s | ours, frames/s | max difference |\n"
           "|--------|---------|--------------|-------|---------------|----------------|----------------|")
-    for name, (us, them) in pairs.items():
-        off = (us().float() - them().transpose(1, 2).float()).abs().max().item()
-        a, b = alternate(cfg.repeats, cfg.device, us, them)
+    for name, (run_ours, run_theirs) in pairs.items():
+        difference = (run_ours().float() - run_theirs().transpose(1, 2).float()).abs().max().item()
+        a, b = alternate(cfg.repeats, cfg.device, run_ours, run_theirs)
         print(f"| {name} | {a:7.3f} | {b:12.3f} | {b / a:5.2f} | {1 / a:13.3f} | {cfg.frames / a:14.1f} |"
-              f" {off:14.1e} |", flush=True)
+              f" {difference:14.1e} |", flush=True)
 
 
 class Training(NamedTuple):
     flags: train_df.Config
-    clips: train_df.Clips
+    clips: train_df.Samples
     state: train_df.State
     run: Callable  # one step
 
 
 @contextlib.contextmanager
 def training(sizes: model.Config, latents, flags: train_df.Config):
-    """train_df.py with random weights on random clips, in a folder of its own."""
+    """train_df.py with random weights on random clips, in a temporary folder."""
     with contextlib.ExitStack() as stack:
-        folder, entries = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        entries = []
         for i in range(flags.batch):
             text = torch.randn(8, sizes.text_dim)
             data.write_clip(folder, str(i), torch.randn(latents), text, "a prompt", "a.mp4")
@@ -174,7 +176,7 @@ def training(sizes: model.Config, latents, flags: train_df.Config):
         flags = replace(flags, data=str(folder), init=str(folder / "init"), out=str(folder / "model"),
                         held_out=0, corrective_share=None, preview_every=0)
         flags = train_df.complete(flags, ranks)
-        clips = train_df.Clips(flags)
+        clips = train_df.Samples(flags)
         state = train_df.begin(flags, clips, ranks)
         micro = common.ahead(clips.micro_batch, train_df.shares(flags, ranks, 0))
         stack.callback(micro.close)
@@ -182,16 +184,16 @@ def training(sizes: model.Config, latents, flags: train_df.Config):
 
 
 def bench_train(cfg: Config):
-    """Steps of train_df.py, from clips on disk, against forward, backward and AdamW on a batch at hand."""
+    """Steps of train_df.py, from clips on disk, against forward, backward and AdamW on a batch in memory."""
     sizes = MODELS[cfg.model]
     flags = train_df.Config("", batch=cfg.batch, micro=cfg.micro, dtype=cfg.dtype, device=cfg.device,
                             ema=0.995 if cfg.model == "toy" else 0.0)  # as bagger.sh trains it
     with training(sizes, latent_shape(cfg), flags) as (flags, clips, state, step):
-        held = [clips.micro_batch((0, range(k, min(k + cfg.micro, cfg.batch)))).to(cfg.device)
-                for k in range(0, cfg.batch, cfg.micro)]
+        batches = [clips.micro_batch((0, range(k, min(k + cfg.micro, cfg.batch)))).to(cfg.device)
+                   for k in range(0, cfg.batch, cfg.micro)]
 
         def bare():
-            for batch in held:
+            for batch in batches:
                 x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
                 error = state.net(x, batch.t, batch.text) - diffusion.velocity(batch.x0, batch.noise)
                 (error.square().mean() * len(x) / cfg.batch).backward()
@@ -209,25 +211,27 @@ def bench_train(cfg: Config):
     peak = common.peak_flops(torch.device(cfg.device))
     print(f"{cfg.batch / ours:.2f} clips/s, {flops / ours / 1e12:.2f} TFLOP/s"
           + (f", MFU {flops / ours / peak:.1%}" if peak else "")
-          + f", {train_df.memory_used(torch.device(cfg.device)):.2f} GB at most, "
+          + f", {common.memory_used(torch.device(cfg.device)):.2f} GB at most, "
           f"{growth:+.2f} GB of main memory per 1,000 steps (over {cfg.soak})")
 
 
 def resident() -> float:
-    """GB of this process in main memory now; 0 where /proc does not tell."""
+    """GB of this process in main memory; 0 where there is no /proc."""
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * resource.getpagesize() / 1e9 if pages.exists() else 0.0
 
 
 @torch.no_grad()
 def bench_generate(cfg: Config):
-    """generate() against the forwards it consists of, made with tensors at hand."""
-    sizes, (frames, *shape) = MODELS[cfg.model], latent_shape(cfg)
+    """generate() against the forwards it consists of, on tensors in memory."""
+    sizes = MODELS[cfg.model]
+    frames, *shape = latent_shape(cfg)
     net = model.WanModel(sizes, getattr(torch, cfg.dtype)).init_weights("bench").to(cfg.device)
     if cfg.device.startswith("cuda"):
         net.compile_blocks()
     text = [torch.randn(8, sizes.text_dim, device=cfg.device) for _ in range(cfg.batch)]
-    null, count = torch.zeros(1, sizes.text_dim, device=cfg.device), 0
+    null = torch.zeros(1, sizes.text_dim, device=cfg.device)
+    count = 0
 
     def generate():
         list(diffusion.generate(net, text, null, diffusion.Sampling(cfg.steps), shape=shape, frames=frames,
@@ -235,12 +239,13 @@ def bench_generate(cfg: Config):
 
     def bare():
         nonlocal count
-        count, words = 0, model.pad_text(2 * text)
+        count = 0
+        words = model.pad_text(2 * text)
         cache = net.new_cache(2 * cfg.batch, frames, *shape[1:])
         x = torch.randn(2 * cfg.batch, 3, *shape, device=cfg.device)
         t = torch.full((2 * cfg.batch, 3), 500.0, device=cfg.device)
         for start in range(0, frames, 3):
-            for _ in range(cfg.steps + (start + 3 < frames)):  # and one that writes the finished chunk
+            for _ in range(cfg.steps + (start + 3 < frames)):  # one more caches the finished chunk
                 net(x, t, words, chunk=(3,), cache=cache, start=start)
                 count += 1
     ours, theirs = alternate(cfg.repeats, cfg.device, generate, bare)
@@ -250,36 +255,37 @@ def bench_generate(cfg: Config):
 
 
 # ----------------------------------------------------------------------------------------------------
-# the plan of a real run: for each stage what it leaves on disk and, if a GPU is here, how long one GPU works
+# the plan of a real run: the disk that each stage takes and, if there is a GPU, its time on one GPU
 
 class Run(NamedTuple):
-    """What bagger.sh will do: the flags of its stages, and the sizes that follow from them."""
+    """A run of bagger.sh: the flags of its stages, and the sizes that follow from them."""
     wan: str
-    listed: int  # videos
-    clips: list[data.Source]  # those of them that are there and have a caption
-    tokens: float  # of a caption, on average
+    listed: int  # number of videos
+    clips: list[data.Source]  # those that exist and have a caption
+    tokens: float  # mean number of tokens in a caption
     rounds: int
-    rollouts: int  # in a round
+    rollouts: int  # per round
     geometry: data.Geometry
     latents: tuple[int, ...]
     sizes: model.Config
     weights: int
-    methods: int  # the models, and other ways to sample the first
-    guided: int  # those of them with history guidance, which has twice the branches
-    videos: list[int]  # the latent frames of each
+    methods: int  # models, and further ways to sample the first
+    guided: int  # methods with history guidance, which computes twice the branches
+    videos: list[int]  # latent frames of each video
     prepare: prepare.Config
     train: train_df.Config
     rollout: rollout.Config
     aggregate: aggregate.Config
     sample: sample.Config
     eval: eval_drift.Config
-    device: str | None  # to measure on
+    device: str | None  # measured on; None: nothing is measured
 
 
 def plan(cfg: Config):
-    """Clips, disk and GPU hours of a real run. What was measured is kept in --out; whether its disk can hold
-    all that is looked at anew."""
-    facts, file = read_run(cfg), Path(cfg.out, "plan.json")
+    """Prints clips, disk and GPU hours of a real run. Measurements are kept in --out; free disk space is
+    checked every time."""
+    facts = read_run(cfg)
+    file = Path(cfg.out, "plan.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_weights(facts.eval.weights)
     name = facts.device and (torch.cuda.get_device_name() if facts.device == "cuda" else cpu())
@@ -287,13 +293,13 @@ def plan(cfg: Config):
         "clips": len(facts.clips), "tokens": facts.tokens, "latents": facts.latents,
         "sizes": asdict(facts.sizes), "latent frames": facts.videos, "unscored": list(missing),
         "gpu": name, "torch": torch.__version__}
-    inputs = json.loads(json.dumps(inputs))  # as it is read back: lists for tuples
+    inputs = json.loads(json.dumps(inputs))  # as it will be read back, with lists for tuples
     kept = common.read_json(file) if file.exists() else {}
     if kept.get("inputs") != inputs:
         kept = {"inputs": inputs, "stages": {stage: measured(stage, facts) for stage in STAGES}}
         common.write_text(file, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     show(cfg, facts, kept["stages"])
-    tell_missing(missing)
+    print_missing(missing)
     check_disk(cfg, sum(disk for disk, _ in kept["stages"].values()))
 
 
@@ -301,7 +307,7 @@ def read_run(cfg: Config) -> Run:
     if not (cfg.wan and cfg.videos):
         raise UserError("bench.py plan needs --wan and --videos")
 
-    def flags(config, given, *fixed):  # split at spaces, as the shell does with it
+    def flags(config, given, *fixed):  # given is split at spaces, as bagger.sh does
         return common.parse_args(config, "", [*fixed, *given.split()])
 
     prepared = flags(prepare.Config, cfg.prepare, "--videos", cfg.videos, "--wan", cfg.wan, "--out", "agg_0")
@@ -315,10 +321,12 @@ def read_run(cfg: Config) -> Run:
         raise UserError(f"{cfg.videos} lists {len(listed)} videos; none of them is there and has a caption")
     held_out = trained.held_out if rolled.held_out is None else rolled.held_out
     half = max(1, min(len(clips) // 2, len(clips) - held_out))
-    tokenizer, some = t5.load_tokenizer(cfg.wan), clips[::len(clips) // 1000 + 1]
-    tokens = sum(len(t5.token_ids(tokenizer, source.caption)) for source in some) / len(some)
+    tokenizer = t5.load_tokenizer(cfg.wan)
+    subset = clips[::len(clips) // 1000 + 1]
+    tokens = sum(len(t5.token_ids(tokenizer, source.caption)) for source in subset) / len(subset)
 
-    geometry, coder = data.geometry(cfg.wan, prepared.size, prepared.frames, prepared.fps), vae.load(cfg.wan)
+    geometry = data.geometry(cfg.wan, prepared.size, prepared.frames, prepared.fps)
+    coder = vae.load(cfg.wan)
     latents = (coder.latent_count(geometry.frames), coder.z_dim, geometry.height // coder.space,
                geometry.width // coder.space)
     sizes = model.read_checkpoint(cfg.wan)[1]
@@ -342,7 +350,7 @@ def measured(stage: str, facts: Run) -> tuple[float, float | None]:
     if facts.device:
         print(f"measuring {stage} ...", flush=True)
         torch.cuda.empty_cache()
-        torch.compiler.reset()  # all stages together would reach the limit of what may be compiled anew
+        torch.compiler.reset()  # the stages together would exceed the limit on recompilation
     try:
         return STAGES[stage](facts)
     except torch.OutOfMemoryError:
@@ -355,17 +363,20 @@ def clip_bytes(facts: Run) -> float:
 
 
 def plan_prepare(facts: Run):
-    count, seconds = len(facts.clips), None
+    count = len(facts.clips)
+    seconds = None
     if facts.device:
-        encode, _ = time_vae(facts, facts.prepare)  # two threads read meanwhile
+        encode, _ = time_vae(facts, facts.prepare)  # two threads read at the same time
         seconds = count * (max(encode, time_read(facts) / 2) + time_text(facts, facts.prepare))
     return count * clip_bytes(facts), seconds
 
 
 def plan_train(facts: Run):
-    """A model is fp32 weights beside checkpoints of weights, two moments and perhaps an average of weights. A
-    new checkpoint is written before the oldest goes."""
-    flags, models, seconds = facts.train, facts.rounds + 1, None
+    """A model takes fp32 weights, and checkpoints of weights, two moments and perhaps averaged weights. A new
+    checkpoint is written before the oldest is removed."""
+    flags = facts.train
+    models = facts.rounds + 1
+    seconds = None
     checkpoint = 4 * (3 + (flags.ema > 0)) * facts.weights
     if facts.device:
         seconds = models * flags.steps * flags.batch * time_training(facts)
@@ -373,14 +384,17 @@ def plan_train(facts: Run):
 
 
 def plan_rollout(facts: Run):
-    count, seconds, frames = facts.rounds * facts.rollouts, None, facts.latents[0]
+    count = facts.rounds * facts.rollouts
+    frames = facts.latents[0]
+    seconds = None
     if facts.device:
         seconds = count * time_generate(facts, facts.rollout, frames, frames, rollout.CHUNK, rollout.CHUNK)
     return count * clip_bytes(facts), seconds
 
 
 def plan_aggregate(facts: Run):
-    count, seconds = facts.rounds * facts.rollouts, None
+    count = facts.rounds * facts.rollouts
+    seconds = None
     if facts.device:
         text = time_text(facts, facts.aggregate) if facts.aggregate.rewrite else 0
         seconds = count * (sum(time_vae(facts, facts.aggregate)) + text)
@@ -388,10 +402,14 @@ def plan_aggregate(facts: Run):
 
 
 def plan_sample(facts: Run):
-    facts, flags, seconds = as_sampled(facts), facts.sample, None
-    frames, pixels = facts.methods * sum(facts.videos), facts.geometry.width * facts.geometry.height
+    facts = as_sampled(facts)
+    flags = facts.sample
+    frames = facts.methods * sum(facts.videos)
+    pixels = facts.geometry.width * facts.geometry.height
+    seconds = None
     if facts.device:
-        window, slide = flags.window, flags.window - flags.keep
+        window = flags.window
+        slide = window - flags.keep
         first = time_generate(facts, flags, window, window, flags.keep)
         again = time_generate(facts, flags, window + slide, window, flags.keep) - first
         latents = sum(first * min(n / window, 1) + again * max(n - window, 0) / slide for n in facts.videos)
@@ -401,8 +419,9 @@ def plan_sample(facts: Run):
 
 
 def plan_eval(facts: Run):
-    """What it leaves on disk is small. A thread reads meanwhile."""
-    facts, seconds = as_sampled(facts), None
+    """Takes little disk. A thread reads videos at the same time."""
+    facts = as_sampled(facts)
+    seconds = None
     if facts.device:
         frame = max(time_scores(facts), time_read(facts) / facts.geometry.frames)
         seconds = facts.methods * sum(facts.videos) * 4 * frame
@@ -410,40 +429,42 @@ def plan_eval(facts: Run):
 
 
 def as_sampled(facts: Run) -> Run:
-    """At the size of the videos that are made; that of the clips may be another."""
-    size, space = data.geometry(facts.wan, facts.sample.size), facts.geometry.height // facts.latents[2]
-    return facts._replace(geometry=size._replace(frames=facts.geometry.frames),
-                          latents=(*facts.latents[:2], size.height // space, size.width // space))
+    """The run at the size of the videos to make, which may differ from that of the clips."""
+    geometry = data.geometry(facts.wan, facts.sample.size)
+    space = facts.geometry.height // facts.latents[2]
+    return facts._replace(geometry=geometry._replace(frames=facts.geometry.frames),
+                          latents=(*facts.latents[:2], geometry.height // space, geometry.width // space))
 
 
 STAGES = {"prepare": plan_prepare, "train": plan_train, "rollout": plan_rollout,
           "aggregate": plan_aggregate, "sample": plan_sample, "eval": plan_eval}
 
 
-# seconds, each by the functions that the stages call
+# measurements in seconds, with the functions that the stages call
 
 def precision(facts: Run, flags) -> torch.dtype:
-    return getattr(torch, flags.dtype or ("bfloat16" if facts.device == "cuda" else "float32"))
+    return getattr(torch, common.for_device(flags, torch.device(facts.device)).dtype)
 
 
 @torch.no_grad()
 def time_vae(facts: Run, flags) -> list[float]:
-    """To encode a clip, and to decode it."""
-    coder, g = vae.load(facts.wan, facts.device, precision(facts, flags)), facts.geometry
+    """Seconds to encode a clip, and to decode it."""
+    coder = vae.load(facts.wan, facts.device, precision(facts, flags))
+    g = facts.geometry
     video = torch.rand(1, g.frames, 3, g.height, g.width, device=facts.device) * 2 - 1
     z = coder.encode(video)
     return alternate(3, facts.device, lambda: coder.encode(video), lambda: coder.decode(z))
 
 
 def time_text(facts: Run, flags) -> float:
-    """To encode a caption, in a batch of 16."""
+    """Seconds to encode a caption, in a batch of 16."""
     encoder = t5.load(facts.wan, facts.device, precision(facts, flags))
     captions = [source.caption for source in facts.clips[:16]]
     return alternate(3, facts.device, lambda: encoder.encode(captions))[0] / len(captions)
 
 
 def time_read(facts: Run) -> float:
-    """To read a clip from the first of some videos that can be read; a run skips what cannot."""
+    """Seconds to read a clip from the first readable video among 20."""
     width, height, frames, fps = facts.geometry
     for source in facts.clips[:20]:
         with contextlib.suppress(UserError):
@@ -453,12 +474,13 @@ def time_read(facts: Run) -> float:
 
 
 def time_training(facts: Run) -> float:
-    """To train on a clip. The run spreads weights and moments over all its GPUs; here one takes as many
-    blocks as half of its memory can hold, and the others count by their FLOPs."""
-    sizes, micro = facts.sizes, facts.train.micro
+    """Seconds to train on a clip. A run shards weights and moments over all its GPUs; here one GPU trains as
+    many blocks as half of its memory can hold, and the time is scaled by FLOPs."""
+    sizes = facts.sizes
+    micro = facts.train.micro
     if facts.device == "cuda":
-        room = torch.cuda.mem_get_info()[0] / 2
-        blocks = int(sizes.num_layers * room / (20 * facts.weights))
+        available = torch.cuda.mem_get_info()[0] / 2
+        blocks = int(sizes.num_layers * available / (20 * facts.weights))
         sizes = replace(sizes, num_layers=max(1, min(blocks, sizes.num_layers)))
     with training(sizes, facts.latents, replace(facts.train, batch=2 * micro, device=facts.device)) as step:
         [seconds] = alternate(3, facts.device, step.run)
@@ -468,11 +490,10 @@ def time_training(facts: Run) -> float:
 
 @torch.no_grad()
 def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin: int = 0) -> float:
-    """To generate the latents of a video that continues `begin` of them. Each of the solver's steps takes as
-    long as another, so a few are enough."""
+    """Seconds to generate the latents of a video that continues `begin` of them. All solver steps take the
+    same time, so a few are measured."""
     net = model.load(facts.wan, facts.device, precision(facts, flags))
-    compiled = facts.device == "cuda" if flags.compile is None else flags.compile
-    if compiled:
+    if common.for_device(flags, torch.device(facts.device)).compile:
         net.compile_blocks()
     text = [torch.randn(8, net.config.text_dim, device=facts.device) for _ in range(flags.batch)]
     context = torch.randn(flags.batch, begin, *facts.latents[1:], device=facts.device) if begin else None
@@ -486,8 +507,9 @@ def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin:
 
 
 def time_scores(facts: Run) -> float:
-    """To score a frame, with what weights there are."""
-    flags, g = facts.eval, facts.geometry
+    """Seconds to score a frame, with the weight files that are there."""
+    flags = facts.eval
+    g = facts.geometry
     names = eval_drift.wanted(flags, [g])
     scorers, _ = metrics.open_scorers(names, facts.device, flags.weights, flags.stride, flags.batch)
     frames = torch.randint(256, (2 * flags.batch, 3, g.height, g.width), dtype=torch.uint8)
@@ -500,37 +522,37 @@ def time_scores(facts: Run) -> float:
     return alternate(3, facts.device, score)[0] / len(frames)
 
 
-# what a person reads
+# printing
 
 def show(cfg: Config, facts: Run, stages: dict):
-    layout, gpus = "x".join(map(str, facts.latents)), cfg.nodes * torch.cuda.device_count()
-    if cfg.nproc.isdigit():
-        gpus = cfg.nodes * int(cfg.nproc)
+    latents = "x".join(map(str, facts.latents))
+    gpus = cfg.nodes * (int(cfg.nproc) if cfg.nproc.isdigit() else torch.cuda.device_count())
     print(f"{len(facts.clips):,} of {facts.listed:,} videos are there with a caption; each takes "
-          f"{clip_bytes(facts) / 1e6:.2f} MB: latents of {layout}, {facts.tokens:.0f} tokens")
+          f"{clip_bytes(facts) / 1e6:.2f} MB: latents of {latents}, {facts.tokens:.0f} tokens")
     print(f"{facts.rounds + 1} trainings of {facts.weights / 1e9:.2f} G weights, {facts.train.steps:,} steps "
           f"of {facts.train.batch} clips; {facts.rounds} rounds of {facts.rollouts:,} rollouts; "
           f"{facts.methods} x {len(facts.videos)} videos\n")
     disk, seconds = zip(*stages.values(), strict=True)
     print("| stage     | disk, GB | GPU hours | wall hours |\n"
           "|-----------|----------|-----------|------------|")
-    for stage, (size, took) in (stages | {"all": (sum(disk), sum(s or 0 for s in seconds))}).items():
-        each, wall = (f"{took / n / 3600:,.1f}" if took else "-" for n in (1, gpus))
-        print(f"| {stage:9} | {size / 1e9:8,.1f} | {each:>9} | {wall:>10} |")
+    rows = stages | {"all": (sum(disk), sum(s or 0 for s in seconds))}
+    for stage, (stage_disk, stage_seconds) in rows.items():
+        each, wall = (f"{stage_seconds / n / 3600:,.1f}" if stage_seconds else "-" for n in (1, gpus))
+        print(f"| {stage:9} | {stage_disk / 1e9:8,.1f} | {each:>9} | {wall:>10} |")
     if facts.device:
-        print(f"\nWall hours: on {gpus} GPUs. Measured on one, without loading and what GPUs tell one another"
-              + "; - does not fit into its memory" * (None in seconds))
+        too_large = "; - does not fit into its memory" if None in seconds else ""
+        print(f"\nWall hours: on {gpus} GPUs. Measured on one, without loading and communication{too_large}")
     else:
         print("\nHours: no GPU is here to measure on, and those of every stage need one")
 
 
 def missing_weights(weights: str | None) -> dict[str, list[str]]:
-    """{dimension of VBench: the files it lacks, where they were looked for and where to get them}"""
-    lacking = {name: vbench.find_files(name, weights)[1] for name in metrics.DIMENSIONS}
-    return {name: files for name, files in lacking.items() if files}
+    """{dimension of VBench: its missing files, where they were looked for and where to get them}"""
+    missing = {name: vbench.find_files(name, weights)[1] for name in metrics.DIMENSIONS}
+    return {name: files for name, files in missing.items() if files}
 
 
-def tell_missing(missing: dict[str, list[str]]):
+def print_missing(missing: dict[str, list[str]]):
     if missing:
         print("\nFor want of weights the report will lack these of VBench's dimensions:")
         for name, files in missing.items():
@@ -541,12 +563,13 @@ def tell_missing(missing: dict[str, list[str]]):
 
 def check_disk(cfg: Config, need: float):
     out = Path(cfg.out).resolve()
-    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    free, last = shutil.disk_usage(out).free, out / f"model_{cfg.rounds}" / "config.json"
-    print(f"\ndisk: {need / 1e9:,.1f} GB, of which {there / 1e9:,.1f} GB are there; {free / 1e9:,.1f} GB are "
+    used = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    free = shutil.disk_usage(out).free
+    last = out / f"model_{cfg.rounds}" / "config.json"
+    print(f"\ndisk: {need / 1e9:,.1f} GB, of which {used / 1e9:,.1f} GB are there; {free / 1e9:,.1f} GB are "
           f"free in {out}")
-    if need > free + there and not last.exists():  # once the last is trained, little is left to write
-        raise UserError(f"{out} is {(need - free - there) / 1e9:,.1f} GB too small; choose another OUT, or "
+    if need > free + used and not last.exists():  # once the last model is trained, little is left to write
+        raise UserError(f"{out} is {(need - free - used) / 1e9:,.1f} GB too small; choose another OUT, or "
                         "fewer clips or ROUNDS")
 
 

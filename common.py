@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import sys
 import time
 import types
@@ -149,6 +150,18 @@ def peak_flops(device: torch.device) -> float | None:
     peaks = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for known, peak in peaks.items() if known in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def memory_used(device: torch.device) -> float:
+    """GB at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def print0(*args):

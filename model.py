@@ -1,13 +1,13 @@
 """The Wan2.1 text-to-video transformer, made block-causal: for training, with a KV cache, loaded and saved.
 
-    python model.py PATH          what is this checkpoint, and is it causal?
+    python model.py PATH          describes a checkpoint and checks that it is causal
 
     B batch, F latent frames, C latent channels, H W latent height and width, S tokens in a frame (H/2 * W/2),
     L = F * S tokens, N heads, D head dim. Latents are [B, F, C, H, W]; t is [B, F], from 0 (clean) to 1000
     (noise). The output is the velocity v = noise - x0.
 
-Another network in its place needs what the rest of the project uses of this one: forward(x, t, text, chunk,
-clean, cache, start), new_cache, device and config (in_dim, text_dim, text_len); to be trained also
+A replacement for this network must provide what the rest of the project uses: forward(x, t, text, chunk,
+clean, cache, start), new_cache, device and config (in_dim, text_dim, text_len); for training also
 checkpointing, compile_blocks and blocks; and load, save, read_checkpoint and settings of this file.
 
 Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import Stored, UserError
 
-PATCH = 2  # latent pixels a token covers, down and across; one frame at a time
+PATCH = 2  # latent pixels that a token covers in height and in width, in a single frame
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Config:  # Wan2.1-T2V-1.3B; 14B is 5120, 13824, 40, 40
 
 
 # ----------------------------------------------------------------------------------------------------
-# who sees whom. A layout is ((first, last, past), ...) in tokens: tokens first..last see one another and
-# everything before past. It says all there is to say about bidirectional, causal, cached and teacher forcing.
+# attention layouts. A layout is ((first, last, past), ...) in tokens: tokens first..last-1 attend to each
+# other and to all tokens before past. Bidirectional, block-causal (section 3.2 of the paper), cached and
+# teacher-forcing attention (section 3.1) differ in nothing else.
 
 def chunk_sizes(frames: int, chunk: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """chunk=3 -> (3, 3, ...); a tuple is checked; None: one chunk of everything."""
+    """Frames in each chunk: 3 becomes (3, 3, ...), a tuple is checked, None is one chunk of all frames."""
     if isinstance(chunk, int):
         sizes = (chunk,) * (frames // max(chunk, 1))
     else:
@@ -72,15 +73,15 @@ def causal_layout(sizes: tuple[int, ...], per_frame: int, start: int = 0) -> tup
 
 
 def teacher_layout(sizes: tuple[int, ...], per_frame: int) -> tuple:
-    """Clean chunks, then as many noisy ones; a noisy chunk sees itself and the clean ones before it.
-    Nobody sees the last clean chunk, so it is left out."""
+    """Clean chunks, then the noisy ones; a noisy chunk attends to itself and to the clean chunks before it.
+    Nothing attends to the last clean chunk, so it is left out."""
     clean = causal_layout(sizes[:-1], per_frame)
     half = clean[-1][1] if clean else 0
     return clean + tuple((half + a, half + b, past) for a, b, past in causal_layout(sizes, per_frame))
 
 
 def attention(q, k, v, layout, mask=None):
-    """q [B, Lq, N, D] are the last Lq of the positions of k, v [B, Lk, N, D] -> [B, Lq, N * D]."""
+    """Attention of q [B, Lq, N, D], the last Lq positions of k and v [B, Lk, N, D] -> [B, Lq, N * D]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, D]
     if mask is not None:
         y = compiled_flex()(q, k, v, block_mask=mask)
@@ -93,7 +94,8 @@ def attention(q, k, v, layout, mask=None):
 
 
 def forward_flops(c: Config, layout) -> int:
-    """Of one clip's forward pass: two a weight and token, four a width and pair of tokens that meet."""
+    """FLOPs of one clip's forward pass: 2 for each weight and token, 4 for each channel and attended pair of
+    tokens."""
     tokens = layout[-1][1]
     pairs = sum((last - first) * (past + last - first) for first, last, past in layout)
     matrices = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.text_len * 2 * c.dim**2
@@ -102,13 +104,15 @@ def forward_flops(c: Config, layout) -> int:
 
 
 def activation_bytes(model: "WanModel", tokens: int) -> int:
-    """What the forward pass of one clip keeps for the backward pass; counted on a block, without compile."""
-    c, size = model.config, model.compute.itemsize
+    """Bytes that the forward pass of one clip keeps for the backward pass; counted on a block that was not
+    compiled."""
+    c = model.config
+    size = model.compute.itemsize
     block = tokens * (c.dim * (44 + 12 * size) + c.ffn_dim * 2 * size)
     return block + tokens * c.dim * 4 * c.num_layers if model.checkpointing else block * c.num_layers
 
 
-def visible(x, first, last, past):  # [B, N, L, D]; a view where the past touches the chunk
+def visible(x, first, last, past):  # [B, N, L, D]; a view where the past ends at the chunk
     return x[:, :, :last] if past == first else torch.cat([x[:, :, :past], x[:, :, first:last]], dim=2)
 
 
@@ -118,26 +122,26 @@ def compiled_flex():
 
 
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # it outlives this call, and may be met by autograd
+@torch.inference_mode(False)  # the cached result may take part in autograd later
 def block_mask(layout: tuple, device: torch.device, block: int = 128) -> BlockMask:
-    """The layout as flex_attention wants it, in closed form: at 65,536 tokens a dense mask would be 4 GB."""
+    """The layout as flex_attention takes it, in closed form: at 65,536 tokens a dense mask would be 4 GB."""
     length = layout[-1][1]
     spans = torch.tensor(layout)                                                           # [chunks, 3]
     rows = spans.repeat_interleave(spans[:, 1] - spans[:, 0], dim=0).unbind(1)
     first, last, past = rows                                                               # [L] each
 
-    def extremes(x):  # least and greatest over each block of rows
+    def extremes(x):  # minimum and maximum over each block of rows
         padded = F.pad(x[None].double(), (0, -length % block), mode="replicate")[0].long()
         return padded.view(-1, block, 1).aminmax(dim=1)                                    # [blocks, 1] each
 
     (first_min, first_max), (last_min, last_max), (past_min, past_max) = map(extremes, rows)
     lo = torch.arange(0, length, block)[None]                                              # [1, blocks]
     hi = lo + block  # beyond the length in the last block, which is thereby never full
-    some = (lo < past_max) | ((lo < last_max) & (hi > first_min))
+    touched = (lo < past_max) | ((lo < last_max) & (hi > first_min))
     reach_min = extremes(torch.where(past >= first, last, past))[0]
     full = (hi <= reach_min) | ((lo >= first_max) & (hi <= last_min))
 
-    def listed(blocks):  # how many, and which, in rising order
+    def listed(blocks):  # how many and which, in ascending order
         return (blocks.sum(-1, dtype=torch.int32)[None, None].to(device),
                 (~blocks).int().argsort(dim=-1, stable=True).int()[None, None].to(device))
 
@@ -146,17 +150,17 @@ def block_mask(layout: tuple, device: torch.device, block: int = 128) -> BlockMa
     def allowed(b, h, q, kv):
         return (kv < past[q]) | ((kv >= first[q]) & (kv < last[q]))
 
-    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=block,
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block,
                                     mask_mod=allowed, seq_lengths=(length, length))
 
 
 # ----------------------------------------------------------------------------------------------------
-# positions and time
+# positional and time embeddings
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def rope_table(head_dim: int, start: int, frames: int, rows: int, columns: int, device) -> torch.Tensor:
-    """Angles' cos and sin, [2, F, S, 1, D/2]: the head's pairs are split among time, row and column."""
+    """cos and sin of the angles, [2, F, S, 1, D/2]: a head's pairs are split among time, row and column."""
     side = 2 * (head_dim // 6)
     axes = [(head_dim - 2 * side, torch.arange(start, start + frames)), (side, torch.arange(rows)),
             (side, torch.arange(columns))]
@@ -167,14 +171,14 @@ def rope_table(head_dim: int, start: int, frames: int, rows: int, columns: int, 
 
 
 def rotate(x, rope):
-    """x [B, F, S, N, D]; neighbours (x[2i], x[2i+1]) are a complex number."""
+    """Applies RoPE to x [B, F, S, N, D]: each pair (x[2i], x[2i+1]) is a complex number."""
     cos, sin = rope
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
 def sinusoid(t, dim: int):
-    """fp64 inside: in bf16 t = 998.4 would be 1000."""
+    """The embedding of t, computed in fp64: in bf16 t = 998.4 would be 1000."""
     w = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angle = t.double().unsqueeze(-1) * w
     return torch.cat([angle.cos(), angle.sin()], -1).float()
@@ -184,7 +188,7 @@ def sinusoid(t, dim: int):
 # the transformer; attribute names are the official checkpoints' keys
 
 class Linear(nn.Linear):
-    """A product in `compute`, whatever the weights are stored in."""
+    """A linear layer computed in `compute`, whatever dtype its weights are stored in."""
 
     def __init__(self, inputs: int, outputs: int, dtype, compute):
         super().__init__(inputs, outputs, dtype=dtype)
@@ -195,11 +199,12 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Over all heads together, in fp32."""
+    """RMS norm over all heads together, in fp32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
@@ -210,7 +215,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = c.num_heads
         self.q, self.k, self.v, self.o = (linear(c.dim, c.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.norm_q = RMSNorm(c.dim, c.eps)
+        self.norm_k = RMSNorm(c.dim, c.eps)
 
     def queries(self, x):
         return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
@@ -225,15 +231,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, linear):
         super().__init__()
-        self.self_attn, self.cross_attn = Attention(c, linear), Attention(c, linear)
+        self.self_attn = Attention(c, linear)
+        self.cross_attn = Attention(c, linear)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.ffn = nn.Sequential(linear(c.dim, c.ffn_dim), nn.GELU("tanh"), linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
         self.eps = c.eps
 
     def forward(self, x, e, rope, attend, context, remember=None):
-        """x [B, F, S, dim], e [B, F, 6, dim], fp32; attend(q, k, v) is all that masks and cache change, and
-        remember(text_kv, context) all that the cache changes for the prompt."""
+        """x [B, F, S, dim] and e [B, F, 6, dim] are fp32. attend(q, k, v) is self-attention with a mask or a
+        cache; remember(text_kv, context) returns the prompt's keys and values from a cache."""
         y = attend(*self.before(x, e, rope))
         text_kv = remember(self.text_kv, context) if remember else self.text_kv(context)
         return self.after(x, y.view(x.shape), e, *text_kv)
@@ -274,16 +281,17 @@ class Head(nn.Module):
 
 
 def pad_text(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Embeddings [n, text_dim] of any lengths -> [B, longest, text_dim], as the model takes them."""
+    """Embeddings [n, text_dim] of any lengths, padded to [B, longest, text_dim] as the model takes them."""
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 class WanModel(nn.Module):
     def __init__(self, config: Config, dtype=torch.float32, compute=None):
         super().__init__()
-        self.config, self.compute = config, compute or dtype
-        self.checkpointing = False  # recompute each block in the backward pass, keep no activations
-        c, linear = config, functools.partial(Linear, dtype=dtype, compute=self.compute)
+        c = self.config = config
+        self.compute = compute or dtype
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping activations
+        linear = functools.partial(Linear, dtype=dtype, compute=self.compute)
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH), dtype=dtype)
         self.text_embedding = nn.Sequential(linear(c.text_dim, c.dim), nn.GELU("tanh"), linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
@@ -297,27 +305,30 @@ class WanModel(nn.Module):
 
     def forward(self, x, t, text, chunk=3, clean=None, cache=None, start=0):
         """x [B, F, C, H, W], t [B, F], text [B, n, text_dim] (zero rows are padding) -> v like x, in fp32.
+        The denoiser of Eq. 2, here predicting velocity; t is a noise level for each frame (Eq. 1).
 
-        chunk   3: block-causal in chunks of 3 frames; (1, 3, 3): of these sizes; None: bidirectional.
-        clean   teacher forcing: each chunk of x sees itself and the *clean* frames of the chunks before it;
-                clean is like x (only what somebody sees of it is computed), at t = 0 and the same positions.
-        cache   from new_cache(): x is frames start..start+F of a longer video. Their keys and values are
-                written, and they see everything before them. Calling again at the same start overwrites.
-                There is no gradient.
+        chunk   3: block-causal in chunks of 3 frames; (1, 3, 3): in chunks of these; None: bidirectional.
+        clean   for teacher forcing: each chunk of x attends to itself and to the clean frames of the chunks
+                before it. clean is shaped like x, at t = 0 and the same positions; its last chunk is unused.
+        cache   from new_cache(), for autoregressive sampling (Eq. 3): x is frames start..start+F-1 of a
+                longer video and attends to all frames before it. Its keys and values are written to the
+                cache; another call with the same start overwrites them. No gradient is computed.
         """
         batch, frames, channels, height, width = x.shape
-        sizes, per_frame = chunk_sizes(frames, chunk), height * width // PATCH**2
+        sizes = chunk_sizes(frames, chunk)
+        per_frame = height * width // PATCH**2
         self.check(x, t, text)
         assert clean is None or (cache is None and clean.shape == x.shape), "clean is like x, without a cache"
         assert start == 0 or cache is not None, "start counts from the cache's first frame"
         if clean is not None:
             clean = clean[:, :frames - sizes[-1]]
-            x, t = torch.cat([clean.to(x.dtype), x], 1), F.pad(t, (clean.shape[1], 0))
+            x = torch.cat([clean.to(x.dtype), x], 1)
+            t = F.pad(t, (clean.shape[1], 0))
             layout = teacher_layout(sizes, per_frame)
         else:
             layout = causal_layout(sizes, per_frame, start)
-        grid, head_dim = (height // PATCH, width // PATCH, x.device), self.config.dim // self.config.num_heads
-        rope = rope_table(head_dim, start, frames, *grid)
+        head_dim = self.config.dim // self.config.num_heads
+        rope = rope_table(head_dim, start, frames, height // PATCH, width // PATCH, x.device)
         if clean is not None:
             rope = torch.cat([rope[:, :clean.shape[1]], rope], 1)
 
@@ -329,8 +340,8 @@ class WanModel(nn.Module):
                 h = self.parallel_blocks(h, e0, rope, layout, text)
             else:
                 h = self.cached_blocks(h, e0, rope, layout, text, cache, start)
-            h, e = h[:, -frames:], e[:, -frames:]  # teacher forcing: the clean half has no output
-            return self.unpatchify(self.head(h, e), height, width)
+            v = self.head(h[:, -frames:], e[:, -frames:])  # the clean half of teacher forcing has no output
+            return self.unpatchify(v, height, width)
 
     def check(self, x, t, text):
         batch, frames, channels, height, width = x.shape
@@ -340,13 +351,15 @@ class WanModel(nn.Module):
         if t.shape != (batch, frames) or t.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; it must be ({batch}, {frames}) and float32, "
                              "one noise level a frame (bfloat16 would round 998.4 to 1000)")
-        longest, text_dim = self.config.text_len, self.config.text_dim
-        if text.shape[0] != batch or text.shape[1] > longest or text.shape[2] != text_dim:
-            raise ValueError(f"text is {tuple(text.shape)}, must be ({batch}, at most {longest}, {text_dim})")
+        text_len, text_dim = self.config.text_len, self.config.text_dim
+        if text.shape[0] != batch or text.shape[1] > text_len or text.shape[2] != text_dim:
+            raise ValueError(f"text is {tuple(text.shape)}, must be ({batch}, at most {text_len}, "
+                             f"{text_dim})")
 
     def parallel_blocks(self, h, e0, rope, layout, text):
         mask = block_mask(layout, h.device) if h.is_cuda and len(layout) > 1 else None
-        attend, context = functools.partial(attention, layout=layout, mask=mask), self.context(text)
+        attend = functools.partial(attention, layout=layout, mask=mask)
+        context = self.context(text)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, e0, rope, attend, context, use_reentrant=False)
@@ -363,32 +376,32 @@ class WanModel(nn.Module):
         return h
 
     def patchify(self, x):
-        """The patch embedding, a convolution with stride = kernel, is a product over a patch's (c, y, x)."""
+        """The patch embedding: a convolution with stride = kernel is a product over a patch's (c, y, x)."""
         x = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))                  # [B, F, C, h, p, w, p]
         x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3).to(self.compute)  # [B, F, S, C p p]
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        return F.linear(x, weight.flatten(1).to(self.compute), bias.to(self.compute)).float()
+        weight = self.patch_embedding.weight.flatten(1).to(self.compute)
+        return F.linear(x, weight, self.patch_embedding.bias.to(self.compute)).float()
 
     def unpatchify(self, x, height, width):  # a token's outputs are (y, x, c), unlike its inputs
         x = x.unflatten(-1, (PATCH, PATCH, -1)).unflatten(2, (height // PATCH, -1))  # [B, F, h, w, p, p, C]
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(*x.shape[:2], -1, height, width)
 
     def context(self, text):
-        """Padding rows are embedded and attended like words: that is how Wan was trained."""
+        """The prompt's embedding. Padding is embedded and attended to like words, as when Wan was trained."""
         return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])))
 
     def new_cache(self, batch: int, frames: int, height: int, width: int) -> "Cache":
         return Cache(self, batch, frames, height, width)
 
     def compile_blocks(self):
-        """Compile what surrounds the attention call: its shapes do not depend on how long the past is."""
+        """Compiles what surrounds the attention call: its shapes do not depend on the length of the past."""
         for block in self.blocks:
             block.before = torch.compile(block.before, dynamic=False)
             block.after = torch.compile(block.after, dynamic=False)
 
     @torch.no_grad()
     def init_weights(self, *names):
-        """Fresh weights as a function of names; the head starts at zero, so the first prediction is v = 0."""
+        """Fresh weights, determined by names; the head starts at zero, so the first prediction is v = 0."""
         generator = common.rng(*names)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
@@ -398,27 +411,30 @@ class WanModel(nn.Module):
             elif isinstance(module, (Block, Head)):
                 modulation = torch.randn(module.modulation.shape, generator=generator)
                 module.modulation.copy_(modulation / self.config.dim**0.5)
-        for block in self.blocks:  # which begins by changing little: deep ones learn sooner
-            for last in block.self_attn.o, block.cross_attn.o, block.ffn[2]:
-                last.weight.mul_(0.1)
+        for block in self.blocks:  # residual branches start small: deep networks then learn sooner
+            for output in block.self_attn.o, block.cross_attn.o, block.ffn[2]:
+                output.weight.mul_(0.1)
         self.head.head.weight.zero_()
         return self
 
 
 class Cache:
-    """Keys (after RoPE) and values of the frames seen so far, and those of the prompt. All state is here."""
+    """Keys (after RoPE) and values of the frames so far, and those of the prompt: all state of sampling."""
 
     def __init__(self, model: WanModel, batch: int, frames: int, height: int, width: int):
-        c, device = model.config, model.device
-        self.frames, self.per_frame, self.filled, self.text = frames, height * width // PATCH**2, 0, None
+        c = model.config
+        self.frames = frames
+        self.per_frame = height * width // PATCH**2
+        self.filled = 0  # frames whose keys and values are valid
+        self.text = None  # the prompt's embedding and its version
         heads = (c.num_heads, c.dim // c.num_heads)
         self.k, self.v = torch.empty(2, c.num_layers, batch, frames * self.per_frame, *heads,
-                                     dtype=model.compute, device=device)
+                                     dtype=model.compute, device=model.device)
         self.text_k, self.text_v = torch.empty(2, c.num_layers, batch, c.text_len, *heads,
-                                               dtype=model.compute, device=device)
+                                               dtype=model.compute, device=model.device)
 
     def claim(self, start: int, shape):
-        """Frames start.. are about to be written; what was cached after them has lost its ground."""
+        """Reserves the frames from start on; what is cached after them becomes invalid."""
         batch, frames, per_frame = shape[:3]
         if batch != self.k.shape[1] or per_frame != self.per_frame:
             raise ValueError(f"the cache is for batch {self.k.shape[1]} and {self.per_frame} tokens a frame, "
@@ -431,12 +447,14 @@ class Cache:
         self.filled = start + frames
 
     def holds_text(self, text) -> bool:
-        """The same tensor, unchanged? (Comparing values would make the GPU wait at every step.)"""
-        before, self.text = self.text, (text, None if text.is_inference() else text._version)
+        """Whether text is the same, unchanged tensor as in the last call. Comparing its values would make the
+        CPU wait for the GPU at every step."""
+        before = self.text
+        self.text = (text, None if text.is_inference() else text._version)
         return before is not None and before[0] is text and before[1] == self.text[1]
 
     def remember(self, layer: int, text_kv, context):
-        """The prompt's keys and values; context is None when they are here already."""
+        """The prompt's keys and values; context is None when they are cached already."""
         if context is not None:
             self.text_k[layer], self.text_v[layer] = text_kv(context)
         return self.text_k[layer], self.text_v[layer]
@@ -452,7 +470,7 @@ class Cache:
 
 def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
     """A model from a Wan, diffusers or model_k directory, a .safetensors file, or a Self-Forcing style .pt.
-    Products' weights are stored in dtype and run in compute (default: dtype); the rest is fp32."""
+    Matrix products are stored in dtype and computed in compute (default: dtype); the rest is fp32."""
     weights, config = read_checkpoint(path)
     with torch.device("meta"):
         model = WanModel(config, dtype, compute)
@@ -471,26 +489,26 @@ def find_weights(path) -> list[Path]:
 
 
 def settings(path) -> dict:
-    """What the config.json beside a model's weights says; train_df.py adds how it was trained."""
+    """The config.json beside a model's weights; train_df.py records there how the model was trained."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / "config.json"
-    said = common.read_json(file) if file.exists() else {}
-    return said | ({"wan": str((folder / said["wan"]).resolve())} if "wan" in said else {})
+    recorded = common.read_json(file) if file.exists() else {}
+    return recorded | ({"wan": str((folder / recorded["wan"]).resolve())} if "wan" in recorded else {})
 
 
 def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
     files = find_weights(path)
     weights, metadata = common.open_weights(*files)
     weights = official_names(weights.get("generator_ema") or weights.get("generator") or weights)
-    beside = files[0].with_name("config.json")
-    found = common.read_json(beside) if beside.exists() else {}
-    found = metadata.get("config") or found
-    refuse_other_models(path, weights, found)
-    return weights, infer_config(path, weights, found)
+    file = files[0].with_name("config.json")
+    stated = common.read_json(file) if file.exists() else {}
+    stated = metadata.get("config") or stated
+    refuse_other_models(path, weights, stated)
+    return weights, infer_config(path, weights, stated)
 
 
 def official_names(weights: dict) -> dict:
-    """Wrappers' prefixes off; diffusers' names to Wan's."""
+    """Removes wrappers' prefixes and renames diffusers' tensors to Wan's names."""
     renamed = {}
     for key, value in weights.items():
         key = re.sub(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.", "", key)
@@ -519,23 +537,27 @@ def rename_diffusers(key: str) -> str:
     return key
 
 
-def refuse_other_models(path, weights: dict, found: dict):
-    """Wan's relatives hold the same blocks and more; they would need inputs that this model does not have."""
+def refuse_other_models(path, weights: dict, stated: dict):
+    """Refuses Wan's relatives: they hold the same blocks and more, and need inputs that this model lacks."""
     def has(*names):
         return any(name in key for key in weights for name in names)
 
     patch = weights.get("patch_embedding.weight")
-    kind = ("VACE" if has("vace_") or found.get("model_type") == "vace" else
-            "FLF2V (first and last frame to video)" if has("img_emb.emb_pos", "image_embedder.pos_embed")
-            or found.get("model_type") == "flf2v" else
-            "I2V (image to video)" if has("img_emb.", "image_embedder.", "k_img.", "add_k_proj")
-            or found.get("model_type") == "i2v" or (patch and patch.shape[1] == 36) else None)
-    if kind:
-        raise UserError(f"{path} is a {kind} checkpoint; only text-to-video (Wan2.1-T2V) loads here")
+    kind = stated.get("model_type")
+    if kind == "vace" or has("vace_"):
+        name = "VACE"
+    elif kind == "flf2v" or has("img_emb.emb_pos", "image_embedder.pos_embed"):
+        name = "FLF2V (first and last frame to video)"
+    elif (kind == "i2v" or has("img_emb.", "image_embedder.", "k_img.", "add_k_proj")
+          or (patch and patch.shape[1] == 36)):
+        name = "I2V (image to video)"
+    else:
+        return
+    raise UserError(f"{path} is a {name} checkpoint; only text-to-video (Wan2.1-T2V) loads here")
 
 
-def infer_config(path, weights: dict, found: dict) -> Config:
-    """Sizes from config.json, in Wan's or diffusers' words; what it leaves out, from the tensors' shapes."""
+def infer_config(path, weights: dict, stated: dict) -> Config:
+    """Sizes from config.json, in Wan's or diffusers' terms, and otherwise from the shapes of the tensors."""
     def shape(name):
         if name not in weights:
             raise UserError(f"{path} is not a Wan transformer: it has no {name}")
@@ -547,21 +569,22 @@ def infer_config(path, weights: dict, found: dict) -> Config:
              "ffn_dim": shape("blocks.0.ffn.0.weight")[0], "num_layers": max(layers) + 1,
              "freq_dim": shape("time_embedding.0.weight")[1], "text_dim": shape("text_embedding.0.weight")[1]}
     theirs = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
-    found = {theirs.get(key, key): value for key, value in found.items()}
-    if "attention_head_dim" in found:
-        found["dim"] = found["num_heads"] * found["attention_head_dim"]
-    sizes |= {f.name: found[f.name] for f in fields(Config) if f.name in found}
+    stated = {theirs.get(key, key): value for key, value in stated.items()}
+    if "attention_head_dim" in stated:
+        stated["dim"] = stated["num_heads"] * stated["attention_head_dim"]
+    sizes |= {f.name: stated[f.name] for f in fields(Config) if f.name in stated}
     if "num_heads" not in sizes:
         if dim % 128:
             raise UserError(f"{path}: no config.json says how many heads a width of {dim} has")
-        sizes["num_heads"] = dim // 128  # every published Wan
+        sizes["num_heads"] = dim // 128  # as in every published Wan
     return Config(**sizes)
 
 
 def save(model: WanModel, folder, weights: dict | None = None, **extra):
-    """An official-layout directory. weights: instead of the model's own (EMA, gathered shards).
-    extra: what else config.json is to say."""
-    folder, config = Path(folder), asdict(model.config)
+    """Writes a directory in Wan's layout. weights: instead of the model's own (EMA, gathered shards).
+    extra: further entries of config.json."""
+    folder = Path(folder)
+    config = asdict(model.config)
     weights = weights or model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     del config["text_dim"]  # official files leave it to the weights
@@ -571,12 +594,15 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
 
 
 # ----------------------------------------------------------------------------------------------------
-# python model.py PATH
+# command line: python model.py PATH
 
 @torch.no_grad()
 def check_causal(model: WanModel):
-    """On noise: no frame may feel a later chunk, every later one must, and the cache must agree."""
-    c, device, head = model.config, model.device, model.head.head.weight
+    """Checks on noise that a change in a chunk affects all frames from there on and none before, and that
+    the cached forward agrees with the parallel one. Returns their relative difference."""
+    c = model.config
+    device = model.device
+    head = model.head.head.weight
     if untrained := not head.any():  # a fresh head predicts nothing, which would prove nothing
         head.fill_(0.01)
     x, text = (torch.randn(shape, generator=common.rng("check", i)).to(device)
@@ -584,13 +610,13 @@ def check_causal(model: WanModel):
     t = torch.tensor([[900.0] * 3 + [500.0] * 3 + [100.0] * 3], device=device)
     v = model(x, t, text)
     for chunk in range(3):
-        first, after = 3 * chunk, 3 * chunk + 3
-        other = x.clone()
-        other[:, first:after] += 1
-        moved = model(other, t, text)
-        if not torch.equal(moved[:, :first], v[:, :first]):
+        first = 3 * chunk
+        changed = x.clone()
+        changed[:, first:first + 3] += 1
+        v_changed = model(changed, t, text)
+        if not torch.equal(v_changed[:, :first], v[:, :first]):
             raise UserError(f"not causal: a change in chunk {chunk} reaches earlier frames")
-        if any(torch.equal(moved[:, f], v[:, f]) for f in range(first, 9)):
+        if any(torch.equal(v_changed[:, f], v[:, f]) for f in range(first, 9)):
             raise UserError(f"a change in chunk {chunk} does not reach all frames from there on")
     cache = model.new_cache(1, 9, 8, 8)
     chunks = zip((0, 3, 6), x.split(3, 1), t.split(3, 1), strict=True)
@@ -605,9 +631,9 @@ def check_causal(model: WanModel):
 
 @dataclass
 class Flags:
-    path: str = common.positional()  # a Wan, diffusers or model_k directory, a .safetensors file, or a .pt
-    device: str = "cpu"  # where to check it
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
+    path: str = common.positional()  # A Wan, diffusers or model_k directory, a .safetensors or a .pt file
+    device: str = "cpu"  # Device to check it on: cpu, cuda or cuda:N
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the matrix products
 
 
 def main(flags: Flags):

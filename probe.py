@@ -1,5 +1,5 @@
-"""Probes for exposure bias, which need the model itself: its loss on its own videos beside its loss on real
-ones, and how soon it recovers from a spoilt context. eval_drift.py runs them for --model and --data.
+"""Probes of a model for exposure bias (section 3.2 of the paper): its loss on videos it has generated against
+its loss on real ones, and how soon it recovers from a spoilt context. eval_drift.py --model --data runs them.
 """
 
 import json
@@ -20,23 +20,27 @@ import vae
 from common import UserError
 from metrics import mean, sem
 
-VERSION = 2  # of the results on disk
+VERSION = 2  # of the format and the definition of results on disk
 LEVELS = (100, 300, 500, 700, 900)  # noise levels t
-CONTEXT, CHUNK, AHEAD = 12, 3, 9  # latent frames of context and of a chunk; chunks to continue
+CONTEXT = 12  # latent frames of context
+CHUNK = 3  # latent frames in a chunk
+AHEAD = 9  # chunks to generate after the context
 STATISTICS = ("mean", "std", "saturation", "detail")  # two of the latents, two of the video
 
 
 class Settings(NamedTuple):
-    data: str  # folder of clips, agg_k
-    wan: str | None  # Wan directory with the VAE; None: the one that data was encoded with
-    held_out: int | None  # seed clips kept out of training; None: as recorded with the model
-    clips: int  # the most of those to probe with
-    steps: int  # of the solver, for each chunk
-    guidance: float  # in recovery; own_minus_real has none
-    shift: float  # of the solver's noise levels
+    data: str  # Folder of clips, such as agg_1
+    wan: str | None  # Wan directory with the VAE; None: the one that encoded the clips
+    held_out: int | None  # Seed clips that were held out from training; None: as recorded with the model
+    clips: int  # Maximum number of held-out clips to use
+    steps: int  # Solver steps per chunk
+    guidance: float  # Guidance scale in recovery; own_minus_real uses none
+    shift: float  # Shift of the solver's noise levels
 
 
-def saturate(video):  # [B,T,3,H,W] in -1..1, as for the next two
+# spoilt contexts: each takes and returns video [B,T,3,H,W] in -1..1
+
+def saturate(video):
     grey = (video * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(3, 1, 1)).sum(-3, True)
     return (grey + 2 * (video - grey)).clamp(-1, 1)
 
@@ -55,7 +59,7 @@ SPOILT = {"untouched": lambda video: video, "saturated": saturate, "blurred": bl
 
 
 def probe_once(path: str, settings: Settings, folder: Path, ranks) -> dict:
-    """probe_model's results for the model at path, kept in folder: the second call reads them."""
+    """probe_model's results for the model at path, cached in folder."""
     store = data.Clips(settings.data)
     chosen = unseen_clips(path, settings, store)
     inputs = (VERSION, common.fingerprint(*model.find_weights(path)), common.fingerprint(store.index),
@@ -71,7 +75,7 @@ def probe_once(path: str, settings: Settings, folder: Path, ranks) -> dict:
 
 
 def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:
-    """Indices of seed clips that the model was not trained on: those it was would flatter it."""
+    """Indices of seed clips that the model was not trained on; clips it was trained on would flatter it."""
     trained_without = model.settings(path).get("held_out", data.HELD_OUT)
     count = trained_without if settings.held_out is None else settings.held_out
     chosen = data.held_out(store, count)[:settings.clips]
@@ -85,7 +89,7 @@ def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:
 
 
 def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[int], ranks) -> dict:
-    """Both probes on the chosen clips, shared out over all ranks; means and standard errors over clips."""
+    """Both probes on the chosen clips, divided among all ranks; means and standard errors over clips."""
     coder = vae.load(settings.wan or store.meta()["wan"], ranks.device)
     net = model.load(path, ranks.device)
     null = data.read_text_embedding(Path(settings.data, "empty.safetensors")).float().to(ranks.device)
@@ -114,9 +118,9 @@ def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[i
 @torch.no_grad()
 def own_minus_real(net, x, text, null, id: str, settings: Settings) -> list[list[float]]:
     """Loss on the model's continuation of x's first chunk minus loss on x itself, for the first and the last
-    chunk after it, at each of LEVELS. The context of each is its own video's past: if the model's videos are
-    distributed as real ones, so are the losses. Guidance or a coarse solver would change its videos."""
-    x = x[:, :7 * CHUNK]  # what fits into one window
+    chunk after it, at each of LEVELS. Each video is conditioned on its own past: if generated videos have the
+    distribution of real ones, the losses are equal. Guidance or a coarse solver would bias the videos."""
+    x = x[:, :7 * CHUNK]  # one window: 7 chunks
     sampling = diffusion.Sampling(settings.steps, settings.shift, guidance=1.0, solver="unipc")
     chunks = diffusion.generate(net, [text[0]], null, sampling, shape=x.shape[2:], ids=[id],
                                 context=x[:, :CHUNK], frames=x.shape[1], chunk=CHUNK)
@@ -139,7 +143,8 @@ def own_minus_real(net, x, text, null, id: str, settings: Settings) -> list[list
 
 @torch.no_grad()
 def recovery(coder, net, x, text, null, id: str, settings: Settings) -> tuple[list, list]:
-    """STATISTICS of the chunks of the real clip, and of the chunks that continue its first 4 when SPOILT."""
+    """STATISTICS of the chunks of the real clip, and of the chunks that follow its first 4 after each way of
+    spoiling them."""
     video = coder.decode(x)
     context = video[:, :coder.frame_count(CONTEXT)]
     spoilt = torch.cat([coder.encode(spoil(context)) for spoil in SPOILT.values()])
@@ -151,11 +156,11 @@ def recovery(coder, net, x, text, null, id: str, settings: Settings) -> tuple[li
     ends = [coder.frame_count(f) for f in range(0, x.shape[1] + 1, CHUNK)]
     real = [statistics(z, video[:, a:b])[0]
             for z, a, b in zip(x.split(CHUNK, 1), ends[:-1], ends[1:], strict=True)]
-    return real, np.stack(chunks[1:], 1).tolist()  # without the context's: [kinds, chunks, statistics]
+    return real, np.stack(chunks[1:], 1).tolist()  # [kinds, chunks, statistics], without the context
 
 
 def statistics(latents, video) -> list[list[float]]:
-    """STATISTICS of each of a batch."""
+    """STATISTICS of each sample in a batch."""
     drift = diffusion.drift_statistics(latents)
     [scorer] = metrics.open_scorers(["saturation", "detail"], stride=1)[0]
     rows = []

@@ -4,7 +4,7 @@
     python train_df.py --data agg_0                             the same, in one process
 
 A seed clip carries loss on all its chunks. A corrective clip (a reversed rollout: drifted, then real) begins
-with 4 clean chunks without loss; it is the other 3 that teach the way back from drift.
+with 4 clean chunks without loss; the other 3 teach the way back from drift.
 
 Killed and started again by the same command, it goes on from its newest checkpoint, on any number of GPUs.
 What is trained at a step is a function of (seed, step) alone. model_k/ is a Wan directory when it is done.
@@ -15,115 +15,136 @@ import dataclasses
 import itertools
 import json
 import math
-import re
-import resource
-import shutil
 import signal
 import sys
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+import checkpoint
 import common
 import data
 import diffusion
 import model
 import vae
+from checkpoint import State, checkpoints, whole
 from common import UserError, print0
 
 CHUNK = 3  # latent frames
-NOISE_BINS = 10  # the loss is also told by noise level, in bins of 100
+NOISE_BINS = 10  # the loss is logged by noise level too, in bins of 100
+
+
+# Training modes: what a chunk sees of the chunks before it. Either them as they are being denoised, each at a
+# noise level of its own, or latents [B, F, C, H, W] that stand beside them
+
+def noisy_history(batch):
+    """Diffusion forcing. Bidirectional training too, where a clip is a single chunk."""
+    return None
+
+
+def clean_history(batch):
+    """Teacher forcing."""
+    return batch.x0
+
+
+HISTORIES = {"df": noisy_history, "tf": clean_history, "full": noisy_history}
 
 
 @dataclass
 class Config:
-    data: str  # the clips: agg_k, made by prepare.py or aggregate.py
-    # the weights to begin with: a Wan directory, another model_k, or a file (default: the Wan directory that
-    # made the clips)
+    data: str  # Folder of clips (agg_k), made by prepare.py or aggregate.py
+    # Weights to begin with: a Wan directory, another model_k, or a file (default: the Wan directory that made
+    # the clips)
     init: str | None = None
-    # where model_k goes, with its checkpoints, log.jsonl and preview/ (default: model_k beside agg_k)
+    # Folder for model_k, its checkpoints, log.jsonl and preview/ (default: model_k beside agg_k)
     out: str | None = None
-    wan: str | None = None  # Wan directory whose VAE shows the previews (default: the one of --data)
-    # df: diffusion forcing; tf: teacher forcing, noisy chunks beside their clean past; full: bidirectional,
-    # one noise level a clip
-    mode: Literal["df", "tf", "full"] = "df"
-    steps: int = 16000  # optimiser steps in all
-    batch: int = 96  # clips a step, over all GPUs
-    micro: int = 1  # clips a GPU computes at once; changes memory and speed, not what is trained
-    lr: float = 4e-6  # constant
-    warmup: int = 0  # steps over which lr rises from 0
-    weight_decay: float = 0.01  # AdamW's
-    beta2: float = 0.999  # AdamW's second; the first is 0.9
-    clip: float = 1.0  # the gradient's norm at most
-    ema: float = 0.0  # decay of an average of the weights, which is then what model_k holds; 0 is none
-    shift: float = 8.0  # of noise levels towards 1000
-    drop: float = 0.1  # share of clips that lose their prompt, for guidance
-    drop_kind: Literal["both", "seed"] = "both"  # the kinds of clips that may lose it
-    prefix: int = 4  # clean chunks without loss that begin a corrective clip
-    seed_prefix: float = 0.0  # share of seed clips with a clean prefix without loss, like corrective ones
-    image_first: float = 0.0  # share of steps whose clips begin with a chunk of 1, as image to video does
-    # share of corrective clips in training, 0..1 (default: their share of the data)
+    # Wan directory whose VAE shows the previews (default: the one that made the clips)
+    wan: str | None = None
+    # df: diffusion forcing; tf: teacher forcing, where a chunk sees its clean past; full: bidirectional, with
+    # one noise level for the whole clip
+    mode: Literal[*HISTORIES] = "df"
+    steps: int = 16000  # Optimiser steps in all
+    batch: int = 96  # Clips per step, over all GPUs
+    micro: int = 1  # Clips that a GPU computes at once; changes memory and speed, not what is trained
+    lr: float = 4e-6  # Learning rate, constant after the warm-up
+    warmup: int = 0  # Steps over which the learning rate rises from 0
+    weight_decay: float = 0.01  # Weight decay of AdamW
+    beta2: float = 0.999  # Second beta of AdamW; the first is 0.9
+    clip: float = 1.0  # Largest norm of the gradient
+    ema: float = 0.0  # Decay of a running average of the weights, which model_k then holds; 0: no average
+    shift: float = 8.0  # Shift of the noise levels towards 1000
+    drop: float = 0.1  # Share of clips that lose their prompt, so that guidance works
+    drop_kind: Literal["both", "seed"] = "both"  # Which clips may lose their prompt: all, or seed clips only
+    prefix: int = 4  # Chunks at the start of a corrective clip that are clean and carry no loss
+    seed_prefix: float = 0.0  # Share of seed clips that get such a prefix too
+    # Share of steps whose clips begin with a chunk of 1 frame, as image to video does
+    image_first: float = 0.0
+    # Share of corrective clips in training, 0 to 1 (default: their share of the data)
     corrective_share: float | None = None
-    # over a clip's loss-bearing latents and then over clips (clip), or all latents alike (latent), so that a
-    # corrective clip counts 9/21 of a seed clip
+    # How the loss is averaged. clip: over the latents of a clip that carry loss, then over clips; latent:
+    # over all latents alike, so that a corrective clip counts 9/21 of a seed clip
     loss_mean: Literal["clip", "latent"] = "clip"
-    loss_weight: Literal["flat", "bell"] = "flat"  # by noise level; bell: most at 500, none at 1000
-    held_out: int = data.HELD_OUT  # seed clips kept from training and rollouts; their loss compares rounds
-    seed: int = 0  # of the order of clips, their noise levels, noise and dropout
-    log_every: int = 10  # steps from one line of the log to the next
-    eval_every: int = 500  # steps between measurements of the held-out loss
-    preview_every: int = 1000  # steps between previews; 0 is none
-    previews: int = 2  # videos in a preview, of the first held-out prompts
-    guidance: float = 6.0  # towards the prompt, in previews
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
-    skip_bad: bool = False  # leave out clips that cannot be read, and count them
-    wandb: str = ""  # also log to this Weights & Biases project
-    recompute: bool | None = None  # activations in the backward pass, to save memory (default: on a GPU)
-    compile: bool | None = None  # the blocks (default: on a GPU)
-    # of the matrix products; weights stay float32 (default: bfloat16 on a GPU, float32 on a CPU)
+    # Weight of the loss by noise level. bell: largest at 500, zero at 1000
+    loss_weight: Literal["flat", "bell"] = "flat"
+    # Seed clips kept out of training and rollouts; their loss can be compared between rounds
+    held_out: int = data.HELD_OUT
+    seed: int = 0  # Seed of the order of clips, their noise, noise levels and dropped prompts
+    log_every: int = 10  # Steps between lines of the log
+    eval_every: int = 500  # Steps between measurements of the held-out loss
+    preview_every: int = 1000  # Steps between preview videos; 0: no previews
+    previews: int = 2  # Videos per preview, of the first held-out prompts
+    guidance: float = 6.0  # Guidance scale of the previews
+    save_every: int = 500  # Steps between checkpoints
+    keep: int = 2  # Checkpoints to keep
+    skip_bad: bool = False  # Leave out clips that cannot be read, and count them, instead of stopping
+    wandb: str = ""  # Weights & Biases project to log to as well
+    # Recompute activations in the backward pass, to save memory (default: on a GPU)
+    recompute: bool | None = None
+    compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
+    # Number format of the matrix products; weights stay float32 (default: bfloat16 on a GPU, else float32)
     dtype: Literal["float32", "bfloat16"] | None = None
-    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+    device: str | None = None  # cuda or cpu (default: cuda if available)
 
 
 def main(cfg: Config):
-    ranks, caught = common.start_ranks(cfg.device), catch_signals()
+    ranks = common.start_ranks(cfg.device)
+    caught = catch_signals()
     cfg = complete(cfg, ranks)
-    clips, out = Clips(cfg), Path(cfg.out)
-    if finished(cfg, clips, ranks):
-        return print0(f"{out} is trained already: {cfg.steps} steps")
-    state = begin(cfg, clips, ranks)
-    resumed = load_newest(cfg, state, ranks)
-    log, first = Log(cfg, clips, state, ranks, resumed), resumed or 0
+    samples = Samples(cfg)
+    check(cfg, samples, ranks)
+    if finished(cfg, samples, ranks):
+        return print0(f"{cfg.out} is trained already: {cfg.steps} steps")
+    state = begin(cfg, samples, ranks)
+    resumed = checkpoint.load_newest(state, cfg.out, cfg.steps, ranks)
+    first = resumed or 0
+    log = Log(cfg, samples, state, ranks, resumed)
 
-    micro = common.ahead(clips.micro_batch, shares(cfg, ranks, first))
+    micro = common.ahead(samples.micro_batch, shares(cfg, ranks, first))
     for step in range(first, cfg.steps + 1):
-        last, new = step == cfg.steps, step != resumed  # what a checkpoint knows is not done again
-        if new and clips.held_out and (step % cfg.eval_every == 0 or last):
-            log.write({"step": step, "held_out": held_out_loss(cfg, clips, state, ranks)})
+        last = step == cfg.steps
+        new = step != resumed  # what a checkpoint knows is not done again
+        if new and samples.held_out and (step % cfg.eval_every == 0 or last):
+            log.write({"step": step, "held_out": held_out_loss(cfg, samples, state, ranks)})
         if new and cfg.preview_every and (step % cfg.preview_every == 0 or last):
-            preview(cfg, clips, state, step, ranks)
+            preview(cfg, samples, state, step, ranks)
         stop = agreed(caught)
         if new and step and (step % cfg.save_every == 0 or last or stop):
-            stop_if_broken(cfg, clips, state, ranks)
-            save(cfg, state, step, ranks)
+            stop_if_broken(cfg, samples, state, ranks)
+            checkpoint.save(state, cfg.out, step, cfg.keep, ranks)
         if last or stop:
             break
 
         with log.clock():
             norm = train_step(cfg, state, micro, step, ranks)
         if (step + 1) % cfg.log_every == 0:
-            stop_if_broken(cfg, clips, state, ranks)
+            stop_if_broken(cfg, samples, state, ranks)
             log.training(step + 1, norm)
-    finish_save(cfg, state, ranks)
+    checkpoint.finish_save(state, cfg.out, cfg.keep, ranks)
     if stop and not last:
         print0(f"stopped after step {step}; the same command goes on from there")
         return 128 + stop
@@ -143,8 +164,7 @@ def train_step(cfg, state, micro, step: int, ranks):
         # the mean over the global batch, since gradients are averaged over ranks
         (loss.sum() * ranks.world / cfg.batch).backward()
         tally(state.totals, error.detach(), loss.detach(), batch)
-    norm = torch.nn.utils.clip_grad_norm_(state.weights.values(), cfg.clip, foreach=True)
-    norm = whole(norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(state.weights.values(), cfg.clip, foreach=True))
     # a norm that is not finite stops the weights where they are, now and for good, without asking the device
     state.broken.copy_(torch.where((state.broken < 0) & ~norm.isfinite(), step, state.broken))
     state.optimizer.found_inf = (state.broken >= 0).float()
@@ -158,14 +178,10 @@ def train_step(cfg, state, micro, step: int, ranks):
 
 
 def errors(cfg, net, batch) -> torch.Tensor:
-    """The squared error of every latent frame's predicted velocity, [B, F]."""
-    x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
-    if cfg.mode == "full":
-        v = net(x, batch.t, batch.text, chunk=None)
-    elif cfg.mode == "tf":
-        v = net(x, batch.t, batch.text, chunk=batch.sizes, clean=batch.x0)
-    else:
-        v = net(x, batch.t, batch.text, chunk=batch.sizes)
+    """Eq. 2 for a flow: the squared error of every latent frame's predicted velocity, [B, F]."""
+    x = diffusion.add_noise(batch.x0, batch.noise, batch.t)                                # Eq. 1
+    history = HISTORIES[cfg.mode](batch)
+    v = net(x, batch.t, batch.text, chunk=batch.sizes, clean=history)
     return (v - diffusion.velocity(batch.x0, batch.noise)).square().mean((2, 3, 4))
 
 
@@ -174,12 +190,20 @@ def clip_losses(error, weight) -> torch.Tensor:
     return (error * weight).sum(1)
 
 
+def clean_prefix(t, mask, sizes):
+    """Section 3.2: chunks of these sizes that begin a clip are shown clean and carry no loss. They are the
+    drifted states, whose distribution is not to be learnt, only what follows them."""
+    frames = sum(sizes)
+    t[:frames] = 0
+    mask[:frames] = 0
+
+
 def learning_rate(cfg, step: int) -> float:
     return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
 
 
 # ----------------------------------------------------------------------------------------------------
-# what is trained on: at every position of an endless sequence a clip, its noise levels and its noise, as a
+# training samples: at every position of an endless sequence a clip, its noise levels and its noise, as a
 # function of (seed, position). Ranks, micro-batches and restarts change nothing.
 
 class Batch(NamedTuple):
@@ -197,11 +221,12 @@ class Batch(NamedTuple):
         return self._make(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self)
 
 
-class Clips:
-    """The clips of --data as training samples."""
+class Samples:
+    """The clips of --data, as they are trained on."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.store = cfg, data.Clips(cfg.data)
+        self.cfg = cfg
+        self.store = data.Clips(cfg.data)
         self.meta = self.store.meta()
         self.shape = tuple(self.meta["latents"])                                           # F, C, H, W
         empty = Path(cfg.data, "empty.safetensors")
@@ -209,32 +234,21 @@ class Clips:
             raise UserError(f"{empty} is missing: the empty prompt's embedding, which prepare.py writes")
         self.null = data.read_text_embedding(empty).float()
         self.held_out = data.held_out(self.store, cfg.held_out)
-        unseen, self.seed, self.corrective = {self.store[i]["id"] for i in self.held_out}, [], []
+        self.seed, self.corrective = self.sort()
+        self.all = self.seed + self.corrective
+
+    def sort(self) -> tuple[list[int], list[int]]:
+        """The places of the seed and of the corrective clips, without those held out and what became of them:
+        a held-out clip is rolled out only if rollout.py was told to hold out fewer."""
+        unseen = {self.store[i]["id"] for i in self.held_out}
+        places = {"seed": [], "corrective": []}
         for i, clip in enumerate(self.store):
-            if clip["kind"] not in ("seed", "corrective"):
+            if clip["kind"] not in places:
                 raise UserError(f"{self.store.index}:{i + 1}: a {clip['kind']} is not to be trained on; "
                                 "aggregate.py makes corrective clips of rollouts")
-            # a held-out clip is rolled out only if rollout.py was told to hold out fewer
             if data.origin(clip) not in unseen:
-                (self.seed if clip["kind"] == "seed" else self.corrective).append(i)
-        self.all = self.seed + self.corrective
-        self.check()
-
-    def check(self):
-        cfg, (frames, *_) = self.cfg, self.shape
-        if frames % CHUNK and cfg.mode != "full":
-            raise UserError(f"{cfg.data} has clips of {frames} latent frames, no multiple of {CHUNK}")
-        if cfg.mode == "full" and (self.corrective or cfg.seed_prefix or cfg.image_first):
-            raise UserError("--mode full knows no prefix and no chunks: it is for seed clips alone, without "
-                            "--seed-prefix and --image-first")
-        if (self.corrective or cfg.seed_prefix) and cfg.prefix >= frames // CHUNK:
-            raise UserError(f"{cfg.data} has clips of {frames // CHUNK} chunks; a --prefix of {cfg.prefix} "
-                            "leaves nothing to learn")
-        share = cfg.corrective_share
-        lacks_seed = not self.seed and (share or 0) < 1
-        if not self.all or (share and not self.corrective) or (share is not None and lacks_seed):
-            raise UserError(f"{cfg.data} has {len(self.seed)} seed and {len(self.corrective)} corrective "
-                            f"clips to train on, beside {len(self.held_out)} held out: too few")
+                places[clip["kind"]].append(i)
+        return places["seed"], places["corrective"]
 
     def at(self, position: int) -> int:
         """Each clip once an epoch; with --corrective-share, each kind has epochs of its own."""
@@ -248,16 +262,18 @@ class Clips:
 
     def sizes(self, step: int | None) -> tuple[int, ...]:
         """The chunks of a step's clips: 3, 3, ... or, as in image to video, 1, 3, 3, ..."""
-        chunks, cfg = self.shape[0] // CHUNK, self.cfg
+        cfg, frames = self.cfg, self.shape[0]
         if cfg.mode == "full":
-            return self.shape[:1]
+            return (frames,)
         image = torch.rand((), generator=common.rng(cfg.seed, "image first", step)) < cfg.image_first
-        return (1 if image and step is not None else CHUNK,) + (CHUNK,) * (chunks - 1)
+        first = 1 if image and step is not None else CHUNK
+        return (first,) + (CHUNK,) * (frames // CHUNK - 1)
 
     def layout(self) -> tuple:
         """Who sees whom in training, for counting what it costs."""
-        frames, _, height, width = self.shape
-        kind = model.teacher_layout if self.cfg.mode == "tf" else model.causal_layout
+        _, _, height, width = self.shape
+        beside = HISTORIES[self.cfg.mode] is not noisy_history
+        kind = model.teacher_layout if beside else model.causal_layout
         return kind(self.sizes(None), height * width // model.PATCH**2)
 
     def micro_batch(self, share) -> Batch:
@@ -266,9 +282,10 @@ class Clips:
 
     def batch(self, chosen, sizes, held_out=False) -> Batch:
         """chosen: [(clip, names of its randomness), ...]."""
-        samples = [self.sample(i, sizes, names, held_out) for i, names in chosen]
-        *tensors, texts, ids = zip(*samples, strict=True)
-        stacked = [torch.stack(x) for x in tensors] + [model.pad_text(texts)]
+        rows = [self.sample(i, sizes, names, held_out) for i, names in chosen]
+        *tensors, texts, ids = zip(*rows, strict=True)
+        stacked = [torch.stack(x) for x in tensors]
+        stacked.append(model.pad_text(texts))
         stacked.append(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
         if torch.cuda.is_available():
             stacked = [x.pin_memory() for x in stacked]
@@ -276,28 +293,34 @@ class Clips:
 
     def sample(self, i: int, sizes, names, held_out: bool):
         """x0, noise, t, mask, weight, text, id of a clip."""
-        cfg, frames, g = self.cfg, sum(sizes), common.rng(self.cfg.seed, *names)
+        cfg, frames = self.cfg, sum(sizes)
+        g = common.rng(cfg.seed, *names)
         noise = torch.randn(frames, *self.shape[1:], generator=g)
         steps = torch.randint(1000, (len(sizes),), generator=g)  # of a grid of 1000, a level for each chunk
-        lucky = torch.rand(2, generator=g)
         t = 1000 * diffusion.shifted(1 - steps / 1000, cfg.shift).repeat_interleave(torch.tensor(sizes))
+        prefix_draw, drop_draw = torch.rand(2, generator=g)
         mask = torch.ones(frames)
-        try:
-            clip = self.load(i)
-        except (UserError, OSError) as error:
-            if not cfg.skip_bad:
-                raise UserError(f"{error}\nIt is clip {i + 1} of {self.store.index}; --skip-bad leaves such "
-                                "clips out") from None
+        clip = self.load_or_skip(i)
+        if clip is None:
             return torch.zeros_like(noise), noise, t, mask * 0, mask * 0, self.null, "skipped"
         kind, text = clip["kind"], clip["text"].float()
-        if kind == "corrective" or (lucky[0] < cfg.seed_prefix and not held_out):
-            t[:sum(sizes[:cfg.prefix])] = mask[:sum(sizes[:cfg.prefix])] = 0
-        if lucky[1] < cfg.drop and cfg.drop_kind in ("both", kind) and not held_out:
+        if kind == "corrective" or (prefix_draw < cfg.seed_prefix and not held_out):
+            clean_prefix(t, mask, sizes[:cfg.prefix])
+        if drop_draw < cfg.drop and cfg.drop_kind in ("both", kind) and not held_out:
             text = self.null
         weight = mask / (frames if cfg.loss_mean == "latent" else mask.sum())
         if cfg.loss_weight == "bell" and not held_out:
             weight = weight * diffusion.bell_weight(t, cfg.shift)
         return clip["latents"][:frames].float(), noise, t, mask, weight, text, clip["id"]
+
+    def load_or_skip(self, i: int) -> dict | None:
+        try:
+            return self.load(i)
+        except (UserError, OSError) as error:
+            if not self.cfg.skip_bad:
+                raise UserError(f"{error}\nIt is clip {i + 1} of {self.store.index}; --skip-bad leaves such "
+                                "clips out") from None
+        return None
 
     def load(self, i: int) -> dict:
         clip = self.store.load(i)
@@ -312,12 +335,12 @@ def shares(cfg, ranks, first: int):
     """(step, positions) of each of this rank's micro-batches, from a step on."""
     for step in range(first, cfg.steps):
         mine = range(step * cfg.batch + ranks.rank, (step + 1) * cfg.batch, ranks.world)
-        for k in range(0, len(mine), cfg.micro):
-            yield step, mine[k:k + cfg.micro]
+        for positions in common.batched(mine, cfg.micro):
+            yield step, positions
 
 
 # ----------------------------------------------------------------------------------------------------
-# the start
+# setting up
 
 # what may differ when a run goes on: where, how fast and how far it runs, and what it shows
 CHANGEABLE = {"data", "init", "out", "wan", "steps", "micro", "log_every", "eval_every", "preview_every",
@@ -326,18 +349,20 @@ CHANGEABLE = {"data", "init", "out", "wan", "steps", "micro", "log_every", "eval
 
 
 def complete(cfg: Config, ranks) -> Config:
-    """Fills in what depends on the device and the data; refuses what cannot be."""
-    gpu = ranks.device.type == "cuda"
+    """Fills in what depends on the device and the data."""
     made_with = data.Clips(cfg.data).meta().get("wan", "")
-    cfg = dataclasses.replace(cfg, init=cfg.init or made_with,
-                              out=cfg.out or common.neighbour(cfg.data, "model", "out"))
-    wan = cfg.wan or made_with
-    recompute, compile = (gpu if x is None else x for x in (cfg.recompute, cfg.compile))
-    cfg = dataclasses.replace(cfg, wan=str(Path(wan).resolve()), recompute=recompute, compile=compile,
-                              dtype=cfg.dtype or ("bfloat16" if gpu else "float32"))
+    out = cfg.out or common.neighbour(cfg.data, "model", "out")
+    wan = str(Path(cfg.wan or made_with).resolve())
+    cfg = dataclasses.replace(cfg, init=cfg.init or made_with, out=out, wan=wan)
+    return common.for_device(cfg, ranks.device)
+
+
+def check(cfg: Config, samples: Samples, ranks):
+    """Refuses what cannot be trained, before anything large is loaded."""
     positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep")
     for name in (*positive, "prefix", "held_out"):
-        if getattr(cfg, name) < (least := int(name in positive)):
+        least = 1 if name in positive else 0
+        if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
     for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
@@ -353,40 +378,56 @@ def complete(cfg: Config, ranks) -> Config:
             vae.find(Path(cfg.wan))
         except UserError as error:
             raise UserError(f"{error}\nPreviews need a VAE: give --wan DIR, or --preview-every 0") from None
-    return cfg
+    check_data(cfg, samples)
+    check_fit(cfg, samples, model.read_checkpoint(cfg.init)[1])
 
 
-def finished(cfg, clips, ranks) -> bool:
+def check_data(cfg, samples):
+    """Do the clips suit the mode, and are there enough?"""
+    frames, seed, corrective = samples.shape[0], len(samples.seed), len(samples.corrective)
+    if frames % CHUNK and cfg.mode != "full":
+        raise UserError(f"{cfg.data} has clips of {frames} latent frames, no multiple of {CHUNK}")
+    if cfg.mode == "full" and (corrective or cfg.seed_prefix or cfg.image_first):
+        raise UserError("--mode full knows no prefix and no chunks: it is for seed clips alone, without "
+                        "--seed-prefix and --image-first")
+    if (corrective or cfg.seed_prefix) and cfg.prefix >= frames // CHUNK:
+        raise UserError(f"{cfg.data} has clips of {frames // CHUNK} chunks; a --prefix of {cfg.prefix} "
+                        "leaves nothing to learn")
+    share = cfg.corrective_share
+    lacks_seed = share is not None and share < 1 and not seed
+    lacks_corrective = share and not corrective
+    if lacks_seed or lacks_corrective or not samples.all:
+        raise UserError(f"{cfg.data} has {seed} seed and {corrective} corrective clips to train on, beside "
+                        f"{len(samples.held_out)} held out: too few")
+
+
+def check_fit(cfg, samples, config):
+    """Are the clips what the network takes?"""
+    _, channels, height, width = samples.shape
+    if channels != config.in_dim or height % model.PATCH or width % model.PATCH:
+        raise UserError(f"{cfg.data} holds latents of {channels} channels, {height}x{width}; {cfg.init} "
+                        f"takes {config.in_dim}, and multiples of {model.PATCH}")
+    if samples.null.shape[1] != config.text_dim:
+        raise UserError(f"{cfg.data} holds text of width {samples.null.shape[1]}; {cfg.init} takes "
+                        f"{config.text_dim}")
+
+
+def finished(cfg, samples, ranks) -> bool:
     """Makes --out this run's own, or refuses it as another's. True: the run is complete."""
-    own = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in CHANGEABLE}
-    own |= {"init": common.fingerprint(*model.find_weights(cfg.init)),
-            "data": common.fingerprint(clips.store.index)}
+    recipe = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in CHANGEABLE}
+    recipe |= {"init": common.fingerprint(*model.find_weights(cfg.init)),
+               "data": common.fingerprint(samples.store.index)}
     if ranks.rank == 0:
-        common.claim(Path(cfg.out, "run.json"), own, command=sys.argv, torch=torch.__version__)
-        intact = {folder for _, folder in checkpoints(Path(cfg.out))}
-        for folder in set(Path(cfg.out).glob("train/step-*")) - intact:  # a killed run wrote or removed it
-            if re.fullmatch(r"step-\d+", folder.name):
-                shutil.rmtree(folder)
+        common.claim(Path(cfg.out, "run.json"), recipe, command=sys.argv, torch=torch.__version__)
+        checkpoint.sweep(cfg.out)
     dist.barrier()
     done = Path(cfg.out, "config.json")
     return done.exists() and common.read_json(done).get("step") == cfg.steps
 
 
-@dataclass
-class State:
-    """All that a checkpoint holds, beside the network it belongs to."""
-    net: model.WanModel
-    weights: dict[str, torch.nn.Parameter]  # fp32, this rank's shards where there are several
-    optimizer: torch.optim.AdamW
-    ema: list[torch.Tensor]
-    totals: torch.Tensor  # sums and counts since the last line of the log; see tally
-    broken: torch.Tensor  # the first step whose gradient was not finite, or -1
-    saving: Future | None = None  # of a checkpoint on its way to disk
-
-
-def begin(cfg, clips, ranks) -> State:
+def begin(cfg, samples, ranks) -> State:
+    """The network, spread over the ranks, and its optimiser."""
     net = model.load(cfg.init, ranks.device, torch.float32, getattr(torch, cfg.dtype)).train()
-    check_fit(cfg, clips, net.config)
     net.checkpointing = cfg.recompute
     shard(net, ranks)
     if cfg.mode != "full":
@@ -400,18 +441,9 @@ def begin(cfg, clips, ranks) -> State:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     ema = [p.detach().clone() for p in weights.values()] if cfg.ema else []
-    totals = torch.zeros(2, NOISE_BINS + len(clips.sizes(None)) + 2, dtype=torch.float64, device=ranks.device)
+    columns = NOISE_BINS + len(samples.sizes(None)) + 2
+    totals = torch.zeros(2, columns, dtype=torch.float64, device=ranks.device)
     return State(net, weights, optimizer, ema, totals, torch.full((), -1, device=ranks.device))
-
-
-def check_fit(cfg, clips, config):
-    frames, channels, height, width = clips.shape
-    if channels != config.in_dim or height % model.PATCH or width % model.PATCH:
-        raise UserError(f"{cfg.data} holds latents of {channels} channels, {height}x{width}; {cfg.init} "
-                        f"takes {config.in_dim}, and multiples of {model.PATCH}")
-    if clips.null.shape[1] != config.text_dim:
-        raise UserError(f"{cfg.data} holds text of width {clips.null.shape[1]}; {cfg.init} takes "
-                        f"{config.text_dim}")
 
 
 def shard(net, ranks):
@@ -421,59 +453,6 @@ def shard(net, ranks):
     mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
     for part in (*net.blocks, net):  # what stayed gathered would miss the swap to averaged weights
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-# ----------------------------------------------------------------------------------------------------
-# checkpoints: out/train/step-N, whole once it holds .metadata, which is written last
-
-def contents(state: State) -> dict:
-    moments = {key: {name: state.optimizer.state[p][key] for name, p in state.weights.items()}
-               for key in ("exp_avg", "exp_avg_sq")}
-    ema = dict(zip(state.weights, state.ema, strict=False))
-    return {"model": {k: p.detach() for k, p in state.weights.items()}, **moments, "ema": ema,
-            "totals": state.totals}
-
-
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    found = [(int(p.parent.name.removeprefix("step-")), p.parent) for p in out.glob("train/step-*/.metadata")]
-    return sorted(found)
-
-
-def save(cfg, state, step: int, ranks):
-    finish_save(cfg, state, ranks)
-    folder = Path(cfg.out, "train", f"step-{step}")
-    dist.all_reduce(state.totals)
-    if ranks.device.type == "cuda":  # copies to the CPU, and writes while training goes on
-        state.saving = dcp.async_save(contents(state), checkpoint_id=folder)
-    else:
-        dcp.save(contents(state), checkpoint_id=folder)
-        finish_save(cfg, state, ranks)
-    if ranks.rank:
-        state.totals.zero_()  # rank 0 has them all now
-
-
-def finish_save(cfg, state, ranks):
-    if state.saving:
-        state.saving = state.saving.result()
-    if ranks.rank == 0:
-        for _, old in checkpoints(Path(cfg.out))[:-cfg.keep]:
-            (old / ".metadata").unlink()  # first, so that what is half deleted does not count
-            shutil.rmtree(old)
-
-
-def load_newest(cfg, state, ranks) -> int | None:
-    """The step gone on from; None at the beginning."""
-    if not checkpoints(Path(cfg.out)):
-        return None
-    step, folder = checkpoints(Path(cfg.out))[-1]
-    if step > cfg.steps:
-        raise UserError(f"{folder} is beyond --steps {cfg.steps}; choose more steps, or another --out")
-    dcp.load(contents(state), checkpoint_id=folder)
-    for p in state.weights.values():
-        state.optimizer.state[p]["step"].fill_(step)
-    if ranks.rank:
-        state.totals.zero_()
-    return step
 
 
 def export(cfg, state, ranks):
@@ -489,11 +468,8 @@ def export(cfg, state, ranks):
         print(f"trained: {cfg.out}", flush=True)
 
 
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
 # ----------------------------------------------------------------------------------------------------
-# what a person sees
+# the log, the held-out loss and previews
 
 def tally(totals, error, loss, batch):
     """Adds a micro-batch to the sums (row 0) and counts (row 1) by noise level, by chunk, and over clips; the
@@ -502,23 +478,25 @@ def tally(totals, error, loss, batch):
     where = torch.cat([levels, NOISE_BINS + batch.chunk.expand_as(levels)]).flatten()
     both = torch.stack([error * batch.mask, batch.mask]).double()                          # [2, B, F]
     totals.index_add_(1, where, both.repeat(1, 2, 1).flatten(1))
-    there = batch.mask.amax(1).double()
-    totals[:, -2] += torch.stack([loss.double().sum(), there.sum()])
-    totals[0, -1] += (1 - there).sum()
+    counted = batch.mask.amax(1).double()  # 0 for a clip that was skipped
+    totals[:, -2] += torch.stack([loss.double().sum(), counted.sum()])
+    totals[0, -1] += (1 - counted).sum()
 
 
 class Log:
     """A line for a person, and the same for programs in log.jsonl."""
 
-    def __init__(self, cfg, clips, state, ranks, resumed):
-        self.cfg, self.clips, self.state, self.ranks, self.busy = cfg, clips, state, ranks, 0.0
-        self.file, self.wandb = Path(cfg.out, "log.jsonl"), None
+    def __init__(self, cfg, samples, state, ranks, resumed):
+        self.cfg, self.samples, self.state, self.ranks = cfg, samples, state, ranks
+        self.busy = 0.0  # seconds of training since the last line
+        self.file = Path(cfg.out, "log.jsonl")
+        self.wandb = None
         if ranks.rank == 0:
             self.cut(-1 if resumed is None else resumed)
             if cfg.wandb:
                 import wandb
                 self.wandb = wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), resume="allow")
-        report(cfg, clips, state, ranks, resumed)
+        print_setting(cfg, samples, state, ranks, resumed)
 
     def cut(self, step: int):
         """What was logged after the checkpoint will be logged again."""
@@ -537,8 +515,7 @@ class Log:
             return
         with open(self.file, "a") as f:
             f.write(json.dumps(line) + "\n")
-        if "held_out" in line:
-            print(f"step {line['step']}/{self.cfg.steps} | held-out loss {line['held_out']:.4f}", flush=True)
+        print(as_text(line, self.cfg.steps), flush=True)
         if self.wandb:
             self.wandb.log({k: v for k, v in line.items() if not isinstance(v, list)}, line["step"])
 
@@ -550,53 +527,55 @@ class Log:
             state.totals.zero_()
             (*sums, loss, skipped), (*counts, clips, _) = totals.tolist()
         means = [round(s / n, 6) if n else None for s, n in zip(sums, counts, strict=True)]
-        pace, self.busy = self.busy / cfg.log_every, 0.0
+        pace = self.busy / cfg.log_every
+        self.busy = 0.0
         line = {"step": step, "loss": loss / max(clips, 1), "grad_norm": norm.item(),
                 "lr": learning_rate(cfg, step - 1), "by_noise": means[:NOISE_BINS],
                 "by_chunk": means[NOISE_BINS:], "seconds_per_step": round(pace, 4),
                 "clips_per_second": round(cfg.batch / pace, 3),
-                "gigabytes": round(memory_used(ranks.device), 2)}
+                "gigabytes": round(common.memory_used(ranks.device), 2)}
         if peak := common.peak_flops(ranks.device):
-            done = 3 * model.forward_flops(state.net.config, self.clips.layout()) * cfg.batch / ranks.world
-            line["mfu"] = round(done / pace / peak, 4)
+            flops = 3 * model.forward_flops(state.net.config, self.samples.layout()) * cfg.batch / ranks.world
+            line["mfu"] = round(flops / pace / peak, 4)
         if skipped:
             line["skipped"] = int(skipped)
         self.write(line)
-        left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - step) * pace))
-        days = f"{int((cfg.steps - step) * pace // 86400)} d " * ((cfg.steps - step) * pace >= 86400)
-        print0(f"step {step}/{cfg.steps} | loss {line['loss']:.4f} | norm {line['grad_norm']:.2f} | "
-               f"lr {line['lr']:.2g} | {pace:.3g} s/step | {line['clips_per_second']:.3g} clips/s"
-               + (f" | MFU {line['mfu']:.1%}" if "mfu" in line else "")
-               + f" | {line['gigabytes']:.1f} GB | {days}{left} left"
-               + (f" | {line['skipped']} clips skipped" if skipped else ""))
 
 
-def report(cfg, clips, state, ranks, resumed):
+def as_text(line: dict, steps: int) -> str:
+    """A line of the log for a person."""
+    parts = [f"step {line['step']}/{steps}"]
+    if "held_out" in line:
+        return f"{parts[0]} | held-out loss {line['held_out']:.4f}"
+    pace = line["seconds_per_step"]
+    days, seconds = divmod(int((steps - line["step"]) * pace), 86400)
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds))
+    parts += [f"loss {line['loss']:.4f}", f"norm {line['grad_norm']:.2f}", f"lr {line['lr']:.2g}",
+              f"{pace:.3g} s/step", f"{line['clips_per_second']:.3g} clips/s"]
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    parts.append(f"{line['gigabytes']:.1f} GB")
+    parts.append(f"{days} d {left} left" if days else f"{left} left")
+    if "skipped" in line:
+        parts.append(f"{line['skipped']} clips skipped")
+    return " | ".join(parts)
+
+
+def print_setting(cfg, samples, state, ranks, resumed):
     size = sum(p.numel() for p in state.weights.values())
-    print0(f"{cfg.mode}: {size / 1e6:,.1f} M weights from {cfg.init}, on {len(clips.seed):,} seed and "
-           f"{len(clips.corrective):,} corrective clips ({len(clips.held_out)} held out) of "
-           f"{'x'.join(map(str, clips.shape))}")
-    print0(f"{cfg.steps:,} steps of {cfg.batch} clips on {ranks.world} x {device_name(ranks.device)}, "
-           f"{cfg.micro} at a time, in {cfg.dtype}"
-           + "; every frame's past checked: causal, cached as in parallel" * (cfg.mode != "full"))
-    per_weight = (16 + 4 * bool(cfg.ema)) / ranks.world
-    activations = cfg.micro * model.activation_bytes(state.net, clips.layout()[-1][1])
-    print0(f"memory, by estimate: {size * per_weight / 1e9:.1f} GB for weights, gradients, moments"
-           f"{' and average' * bool(cfg.ema)}, {activations / 1e9:.1f} GB for activations")
+    print0(f"{cfg.mode}: {size / 1e6:,.1f} M weights from {cfg.init}, on {len(samples.seed):,} seed and "
+           f"{len(samples.corrective):,} corrective clips ({len(samples.held_out)} held out) of "
+           f"{'x'.join(map(str, samples.shape))}")
+    checked = "" if cfg.mode == "full" else "; every frame's past checked: causal, cached as in parallel"
+    print0(f"{cfg.steps:,} steps of {cfg.batch} clips on {ranks.world} x {common.device_name(ranks.device)}, "
+           f"{cfg.micro} at a time, in {cfg.dtype}{checked}")
+    per_weight = (20 if cfg.ema else 16) / ranks.world
+    activations = cfg.micro * model.activation_bytes(state.net, samples.layout()[-1][1])
+    what = "weights, gradients, moments and average" if cfg.ema else "weights, gradients, moments"
+    print0(f"memory, by estimate: {size * per_weight / 1e9:.1f} GB for {what}, "
+           f"{activations / 1e9:.1f} GB for activations")
     if resumed is not None:
         print0(f"going on from step {resumed}")
-
-
-def device_name(device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def memory_used(device) -> float:
-    """GB at most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @contextlib.contextmanager
@@ -613,24 +592,29 @@ def averaged(state):
         swap()
 
 
-def held_out_loss(cfg, clips, state, ranks) -> float:
+def held_out_loss(cfg, samples, state, ranks) -> float:
     """At noise levels and noise that are the same at every step and in every round."""
-    rounds, sums = math.ceil(len(clips.held_out) / ranks.world), torch.zeros(2, device=ranks.device)
+    count = len(samples.held_out)
+    sums = torch.zeros(2, device=ranks.device)
     with averaged(state) as net:
-        for k in range(rounds):  # as many for every rank: they gather the weights together
-            place = k * ranks.world + ranks.rank
-            i = clips.held_out[min(place, len(clips.held_out) - 1)]
-            batch = clips.batch([(i, ("held out", place))], clips.sizes(None), held_out=True).to(ranks.device)
+        for k in range(0, count, ranks.world):  # as many for every rank: they gather the weights together
+            place = k + ranks.rank
+            clip = samples.held_out[min(place, count - 1)]
+            batch = samples.batch([(clip, ("held out", place))], samples.sizes(None), held_out=True)
+            batch = batch.to(ranks.device)
             loss = clip_losses(errors(cfg, net, batch), batch.weight)
-            sums += (place < len(clips.held_out)) * torch.stack([loss[0], batch.mask.max()])
+            if place < count:
+                sums += torch.stack([loss[0], batch.mask.max()])
     dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
 
 
-def preview(cfg, clips, state, step: int, ranks):
+def preview(cfg, samples, state, step: int, ranks):
     """Videos of the first held-out prompts, by the sampler that sample.py uses; the same noise every time."""
-    chosen, (frames, *shape) = (clips.held_out or clips.seed)[:cfg.previews], clips.shape
-    folder, strips = Path(cfg.out, "preview"), []
+    chosen = (samples.held_out or samples.seed)[:cfg.previews]
+    frames, *shape = samples.shape
+    strips = []
+    folder = Path(cfg.out, "preview")
     folder.mkdir(parents=True, exist_ok=True)
     coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
     chunk, window = (frames, 2 * frames) if cfg.mode == "full" else (CHUNK, frames)
@@ -638,15 +622,15 @@ def preview(cfg, clips, state, step: int, ranks):
     with averaged(state) as net:
         for k in range(0, len(chosen), ranks.world):
             place = min(k + ranks.rank, len(chosen) - 1)
-            clip = clips.load(chosen[place])
+            clip = samples.load(chosen[place])
             chunks = diffusion.generate(
-                net, [clip["text"].float()], clips.null, sampling, shape=shape, ids=[place], frames=frames,
+                net, [clip["text"].float()], samples.null, sampling, shape=shape, ids=[place], frames=frames,
                 chunk=chunk, window=window, keep=chunk)
             latents = torch.cat([z for _, z in chunks], 1)
             if k + ranks.rank == place:  # else another rank makes it
                 video = data.to_uint8(coder.decode(latents.to(next(coder.parameters()).dtype))[0])
                 path = folder / f"step-{step:06d}-{place}.mp4"
-                data.write_video(path, [video], clips.meta["fps"], {"prompt": clip["prompt"], "step": step})
+                data.write_video(path, [video], samples.meta["fps"], {"prompt": clip["prompt"], "step": step})
                 strips.append((place, video[torch.linspace(0, len(video) - 1, 8).long()].cpu()))
     rows = sorted(common.gathered(strips, ranks), key=lambda row: row[0])
     if ranks.rank == 0:
@@ -655,7 +639,7 @@ def preview(cfg, clips, state, step: int, ranks):
 
 
 # ----------------------------------------------------------------------------------------------------
-# the end, wanted or not
+# stopping: by a signal, or because a gradient is not finite
 
 def catch_signals() -> list[int]:
     """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; a second one at once."""
@@ -676,23 +660,25 @@ def agreed(caught) -> int:
     return int(number)
 
 
-def stop_if_broken(cfg, clips, state, ranks):
+def stop_if_broken(cfg, samples, state, ranks):
+    """Names the clips of the step whose gradient was not finite."""
     step = int(state.broken)
     if step < 0:
         return
     names, broken = [], []
     for share in itertools.takewhile(lambda share: share[0] == step, shares(cfg, ranks, step)):
-        batch = clips.micro_batch(share).to(ranks.device)
+        batch = samples.micro_batch(share).to(ranks.device)
         with torch.no_grad():
             finite = clip_losses(errors(cfg, state.net, batch), batch.weight).isfinite()
         names += batch.ids
         broken += [id for id, fine in zip(batch.ids, finite.tolist(), strict=True) if not fine]
-    names, broken = common.gathered(names, ranks), common.gathered(broken, ranks)
-    newest = checkpoints(Path(cfg.out))
-    raise UserError(
-        f"step {step + 1}: the gradient is not finite; the weights were left as they were before it.\n"
-        + (f"The loss is not finite on {', '.join(broken)}" if broken else f"Its clips: {', '.join(names)}")
-        + (f"; the newest checkpoint is {newest[-1][1]}" if newest else "; there is no checkpoint yet"))
+    names = common.gathered(names, ranks)
+    broken = common.gathered(broken, ranks)
+    culprits = ("The loss is not finite on " if broken else "Its clips: ") + ", ".join(broken or names)
+    newest = checkpoints(cfg.out)
+    kept = f"the newest checkpoint is {newest[-1][1]}" if newest else "there is no checkpoint yet"
+    raise UserError(f"step {step + 1}: the gradient is not finite; the weights were left as they were before "
+                    f"it.\n{culprits}; {kept}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The networks behind VBench's six dimensions (arXiv 2311.17982), and their weight files.
 
-Each network is a function of its published state dict and uses every weight under its name in the file.
+Each network is a function of its published state dict and reads every weight by its name in the file.
 Shapes: n frames or pairs of frames, C channels, L tokens, D features; h, w are those of a feature map.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import Stored, UserError, first_line, open_weights
 
 # ----------------------------------------------------------------------------------------------------
-# shared layers: w is a state dict in fp32, and name the prefix of the layer's weights in it
+# shared layers: w is a state dict in fp32, name the prefix of a layer's weights in it
 
 def linear(w, name, x):
     return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -40,12 +40,12 @@ def attend(q, k, v, heads):  # [n,L,D]
 
 
 def depth(w, block):
-    """The number of blocks in a file; block is a pattern whose one group is the block's index."""
+    """The number of blocks in a state dict; block is a pattern whose only group is the index of a block."""
     return 1 + max(int(m[1]) for m in map(re.compile(block).match, w) if m)
 
 
 def resize(x, size, mode):
-    """As VBench does: on fp32 values of 0..255, without antialiasing or clamping bicubic overshoot."""
+    """Resizes as VBench does: fp32 values of 0..255, without antialiasing, bicubic overshoot not clamped."""
     return F.interpolate(x, size, mode=mode, align_corners=False)
 
 
@@ -60,15 +60,15 @@ def normalised(x, mean, std):
 
 
 def pad_to(x, multiple):
-    """Replicates the border on both sides; an odd row or column of padding goes to the end."""
+    """Pads to a multiple by replicating the border on both sides; an odd row or column goes to the end."""
     h, w = (-s % multiple for s in x.shape[2:])
     return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2), mode="replicate")
 
 
 def sample(x, xy, padding="zeros"):  # x [n,C,H,W], xy [n,h,w,2] in pixels -> [n,C,h,w]
     h, w = x.shape[2:]
-    at = torch.stack((xy[..., 0] * 2 / (w - 1) - 1, xy[..., 1] * 2 / (h - 1) - 1), -1)
-    return F.grid_sample(x, at, padding_mode=padding, align_corners=True)
+    grid = torch.stack((xy[..., 0] * 2 / (w - 1) - 1, xy[..., 1] * 2 / (h - 1) - 1), -1)
+    return F.grid_sample(x, grid, padding_mode=padding, align_corners=True)
 
 
 def pixel_grid(x):  # [n,C,H,W] -> [1,2,H,W], the x and y of each pixel
@@ -76,7 +76,7 @@ def pixel_grid(x):  # [n,C,H,W] -> [1,2,H,W], the x and y of each pixel
     return torch.stack(torch.meshgrid(w, h, indexing="xy"))[None]
 
 
-def correlations(a, b, levels=4):  # [n,D,h,w] twice -> for each place of a, a map over b
+def correlations(a, b, levels=4):  # two [n,D,h,w] -> for each position in a, a map over b
     maps = torch.einsum("ndhw,ndij->nhwij", a, b).flatten(0, 2)[:, None] / a.shape[1] ** 0.5
     pyramid = [maps]  # [n*h*w,1,h,w], each level at half the resolution of the one before
     while len(pyramid) < levels:
@@ -87,10 +87,10 @@ def correlations(a, b, levels=4):  # [n,D,h,w] twice -> for each place of a, a m
 def look_up(pyramid, xy, radius):  # xy [n,2,h,w] -> [n,levels*(2*radius+1)^2,h,w]
     n, _, h, w = xy.shape
     d = torch.arange(-radius, radius + 1, device=xy.device, dtype=xy.dtype)
-    # (row, column) offsets added to (x, y): the weights were trained with neighbours in this transposed order
-    around = torch.stack(torch.meshgrid(d, d, indexing="ij"), -1)
+    # (row, column) offsets are added to (x, y): the weights were trained with this transposed order
+    offsets = torch.stack(torch.meshgrid(d, d, indexing="ij"), -1)
     centres = xy.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)
-    levels = [sample(level, centres / 2 ** i + around).view(n, h, w, -1) for i, level in enumerate(pyramid)]
+    levels = [sample(level, centres / 2 ** i + offsets).view(n, h, w, -1) for i, level in enumerate(pyramid)]
     return torch.cat(levels, -1).permute(0, 3, 1, 2)
 
 
@@ -98,7 +98,7 @@ def residual_encoder(w, name, x, norm):  # [n,3,H,W] -> [n,D,H/8,W/8], the featu
     x = norm(f"{name}.norm1", conv(w, f"{name}.conv1", x, 2)).relu()
     for block in (f"{name}.layer{stage}.{i}" for stage in (1, 2, 3) for i in (0, 1)):
         halved = f"{block}.downsample.0.weight" in w
-        last = 3 if f"{block}.conv3.weight" in w else 2  # the one before the last is strided
+        last = 3 if f"{block}.conv3.weight" in w else 2  # the convolution before the last is strided
         y = x
         for i in range(1, last + 1):
             y = conv(w, f"{block}.conv{i}", y, 2 if halved and i == last - 1 else 1)
@@ -114,7 +114,7 @@ def instance_norm(name, x):
 
 
 def check_size(x, dimension):
-    if min(x.shape[2:]) < 128:  # the coarsest correlation map would be a single pixel
+    if min(x.shape[2:]) < 128:  # smaller frames leave a single pixel in the coarsest correlation map
         raise UserError(f"{dimension} needs frames of at least 128x128, not {x.shape[3]}x{x.shape[2]}")
 
 
@@ -137,13 +137,13 @@ def dino(w, x):  # [n,3,H,W] -> [n,D]
 
 def dino_positions(w, x, square):  # -> [1,1+h*w,D]
     table = w["pos_embed"]
-    h, width = x.shape[2:]
+    height, width = x.shape[2:]
     side = round((table.shape[1] - 1) ** 0.5)
-    if square and h == side:
+    if square and height == side:
         return table
     grid = table[:, 1:].mT.unflatten(2, (side, side))
-    # DINO adds 0.1 against rounding, which shifts all positions a little, along an unchanged side too
-    grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (width + 0.1) / side), mode="bicubic")
+    # DINO adds 0.1 against rounding, which shifts all positions slightly, even along a side of equal length
+    grid = F.interpolate(grid, scale_factor=((height + 0.1) / side, (width + 0.1) / side), mode="bicubic")
     return torch.cat((table[:, :1], grid.flatten(2).mT), 1)
 
 
@@ -194,7 +194,7 @@ def musiq(w, x):  # [n,3,H,W] in 0..1 -> [n], about 0..100
             ratio = side / max(x.shape[2:])
             image = resize(x, [round(s * ratio) for s in x.shape[2:]], "bicubic")
         tokens.append(musiq_tokens(w, image, scale))
-    # the original pads the first two scales to 49 and 144 tokens and masks the padding; here there is none
+    # the original pads the first two scales to 49 and 144 tokens and masks the padding; none is needed here
     x = torch.cat([w["transformer_encoder.cls"].expand(len(x), -1, -1), *tokens], 1)
     for i in range(depth(w, r"transformer_encoder\.transformer\.encoderblock_(\d+)\.")):
         block = f"transformer_encoder.transformer.encoderblock_{i}"
@@ -226,7 +226,7 @@ def musiq_tokens(w, image, scale):  # [n,3,H,W] -> [n,L,D], a token for each 32x
 
 
 def musiq_conv(w, name, x, stride=1):
-    """A convolution with standardised filters: by the unbiased deviation, which the weights expect."""
+    """A convolution with standardised filters, by the unbiased deviation, as in training."""
     weight = w[f"{name}.weight"]
     deviation, mean = torch.std_mean(weight, (1, 2, 3), keepdim=True)
     return F.conv2d(pad_same(x, weight.shape[2], stride), (weight - mean) / (deviation + 1e-5), stride=stride)
@@ -237,17 +237,17 @@ def musiq_norm(w, name, x):
 
 
 def pad_same(x, kernel, stride):
-    """TensorFlow's SAME padding: ceil(size / stride) outputs, the smaller half of the zeros in front."""
+    """TensorFlow's SAME padding: ceil(size / stride) outputs; the smaller half of the zeros goes in front."""
     h, w = (max((-(-s // stride) - 1) * stride + kernel - s, 0) for s in x.shape[2:])
     return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
 
 
 def imaging_score(w, frames):  # uint8 -> [n]
-    h, width = frames.shape[2:]
-    longest = max(h, width)
+    height, width = frames.shape[2:]
+    longest = max(height, width)
     x = frames.float()
     if longest > 512:
-        x = resize(x, (int(512 / longest * h), int(512 / longest * width)), "bilinear")
+        x = resize(x, (int(512 / longest * height), int(512 / longest * width)), "bilinear")
     return musiq(w, x / 255)
 
 
@@ -259,10 +259,12 @@ def raft(w, a, b, iterations=20):  # [n,3,H,W] in 0..255, multiples of 8 -> flow
         names = ("running_mean", "running_var", "weight", "bias")
         return F.batch_norm(x, *(w[f"{name}.{part}"] for part in names))
 
-    a, b = a * 2 / 255 - 1, b * 2 / 255 - 1
+    a = a * 2 / 255 - 1
+    b = b * 2 / 255 - 1
     pyramid = correlations(*residual_encoder(w, "fnet", torch.cat((a, b)), instance_norm).chunk(2))
     hidden, context = residual_encoder(w, "cnet", a, batch_norm).chunk(2, 1)
-    hidden, context = hidden.tanh(), context.relu()
+    hidden = hidden.tanh()
+    context = context.relu()
     start = pixel_grid(hidden)
     flow = torch.zeros_like(hidden[:, :2])
     for _ in range(iterations):
@@ -276,7 +278,7 @@ def raft(w, a, b, iterations=20):  # [n,3,H,W] in 0..255, multiples of 8 -> flow
         flow = flow + conv(w, "update_block.flow_head.conv2",
                            conv(w, "update_block.flow_head.conv1", hidden).relu())
     mask = 0.25 * conv(w, "update_block.mask.2", conv(w, "update_block.mask.0", hidden).relu())
-    mask = mask.unflatten(1, (1, 9, 8, 8)).softmax(2)  # [n,1,9,8,8,h,w]: a pixel mixes 3x3 coarse neighbours
+    mask = mask.unflatten(1, (1, 9, 8, 8)).softmax(2)  # [n,1,9,8,8,h,w]: weights of 3x3 coarse neighbours
     neighbours = F.unfold(8 * flow, 3, padding=1).view(len(flow), 2, 9, 1, 1, *flow.shape[2:])
     fine = (mask * neighbours).sum(2)  # [n,2,8,8,h,w]
     return fine.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
@@ -289,14 +291,15 @@ def raft_motion(w, correlation, flow):
     return torch.cat((conv(w, f"{name}.conv", torch.cat((x, y), 1)).relu(), flow), 1)
 
 
-def flow_magnitude(w, a, b):  # uint8 -> [n], the mean flow in pixels of the fastest twentieth of a frame
-    a, b = pad_to(a.float(), 8), pad_to(b.float(), 8)
+def flow_magnitude(w, a, b):  # uint8 -> [n], the mean flow in pixels over the fastest 5 % of a frame
+    a = pad_to(a.float(), 8)
+    b = pad_to(b.float(), 8)
     check_size(a, "dynamic_degree")
     speed = raft(w, a, b).norm(dim=1).flatten(1)
     return speed.topk(int(0.05 * speed.shape[1])).values.mean(1)
 
 
-# torchvision's names for the weights -> those of raft-things.pth, which are the same weights
+# torchvision's names for the weights -> the names of the same weights in raft-things.pth
 RAFT_NAMES = (
     (r"^module\.", ""), (r"^feature_encoder", "fnet"), (r"^context_encoder", "cnet"),
     (r"^(.net)\.conv\.", r"\1.conv2."), (r"^(.net)\.convnormrelu\.0", r"\1.conv1"),
@@ -319,24 +322,30 @@ def raft_name(name):
 
 def amt(w, a, b):  # [n,3,H,W] in 0..1, multiples of 16 -> the frame in the middle, clamped
     mean = torch.stack((a, b)).mean((0, 2, 3, 4)).view(-1, 1, 1, 1)
-    a, b = a - mean, b - mean
+    a = a - mean
+    b = b - mean
     fa, fb = residual_encoder(w, "feat_encoder", torch.cat((a, b)), instance_norm).chunk(2)
-    forth, back = correlations(fa, fb), correlations(fb, fa)
-    levels_a, levels_b = amt_pyramid(w, a), amt_pyramid(w, b)  # at 1/2, 1/4, 1/8, 1/16
+    forward = correlations(fa, fb)
+    backward = correlations(fb, fa)
+    levels_a = amt_pyramid(w, a)  # at 1/2, 1/4, 1/8, 1/16
+    levels_b = amt_pyramid(w, b)
     x = torch.cat((levels_a[3], levels_b[3], torch.full_like(a[:, :1, ::16, ::16], 0.5)), 1)
     flow = 0  # [n,4,h,w]: from the middle frame to a, then to b
     for level in (4, 3, 2):
         x = amt_decoder(w, f"decoder{level}", x)
-        flow, x = x[:, :4] + flow, x[:, 4:]
-        flow, x = amt_update(w, f"update{level}", flow, x, forth, back, 2 ** (4 - level))
-        fa, fb = levels_a[level - 2], levels_b[level - 2]
-        x = torch.cat((x, warp(fa, flow[:, :2]), warp(fb, flow[:, 2:]), flow), 1)
+        flow = flow + x[:, :4]
+        flow, x = amt_update(w, f"update{level}", flow, x[:, 4:], forward, backward, 2 ** (4 - level))
+        warped_a = warp(levels_a[level - 2], flow[:, :2])
+        warped_b = warp(levels_b[level - 2], flow[:, 2:])
+        x = torch.cat((x, warped_a, warped_b, flow), 1)
         flow = 2 * scaled(flow, 2)
     x = amt_decoder(w, "decoder1", x)  # [n,24,H,W]: three flows to a, three to b, three masks, three residues
     candidates = []
     for i in range(3):
-        to_a, to_b = x[:, 2 * i:2 * i + 2] + flow[:, :2], x[:, 6 + 2 * i:8 + 2 * i] + flow[:, 2:]
-        mask, residue = x[:, 12 + i:13 + i].sigmoid(), x[:, 15 + 3 * i:18 + 3 * i]
+        to_a = x[:, 2 * i:2 * i + 2] + flow[:, :2]
+        to_b = x[:, 6 + 2 * i:8 + 2 * i] + flow[:, 2:]
+        mask = x[:, 12 + i:13 + i].sigmoid()
+        residue = x[:, 15 + 3 * i:18 + 3 * i]
         candidates.append(mask * warp(a, to_a) + (1 - mask) * warp(b, to_b) + mean + residue)
     x = F.prelu(conv(w, "comb_block.0", torch.cat(candidates, 1)), w["comb_block.1.weight"])
     return (sum(candidates) / 3 + conv(w, "comb_block.2", x)).clamp(0, 1)
@@ -365,7 +374,7 @@ def amt_decoder(w, name, x):  # -> twice the height and width
     return F.conv_transpose2d(x, w[f"{last}.weight"], w[f"{last}.bias"], stride=2, padding=1)
 
 
-def amt_update(w, name, flow, x, forth, back, scale):
+def amt_update(w, name, flow, x, forward, backward, scale):
     """Refines both flows and the features by the correlations, at 1/8 of the frame's size."""
     def leaky(part, x):
         return F.leaky_relu(conv(w, f"{name}.{part}", x), 0.1)
@@ -373,8 +382,9 @@ def amt_update(w, name, flow, x, forth, back, scale):
     small = scaled(flow, 1 / scale) / scale
     features = scaled(x, 1 / scale)
     grid = pixel_grid(small)
-    # crossed: a's map over b is searched along the flow to b, doubled, as the flows start in the middle frame
-    matches = look_up(forth, grid + 2 * small[:, 2:], 3), look_up(back, grid + 2 * small[:, :2], 3)
+    # a's map over b is searched along the flow to b and the other way round; the flows start in the middle
+    # frame, so they are doubled
+    matches = [look_up(forward, grid + 2 * small[:, 2:], 3), look_up(backward, grid + 2 * small[:, :2], 3)]
     y = torch.cat((leaky("convc1", torch.cat(matches, 1)), leaky("convf2", leaky("convf1", small))), 1)
     y = torch.cat((leaky("conv", y), small, features), 1)
     y = conv(w, f"{name}.gru.2", leaky("gru.0", y))
@@ -386,30 +396,32 @@ def scaled(x, factor):
     return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def warp(x, flow):  # each pixel of the result is taken from where its flow points
+def warp(x, flow):  # each pixel of the result is sampled where its flow points
     return sample(x, (pixel_grid(x) + flow).permute(0, 2, 3, 1), "border")
 
 
 def smoothness(w, a, dropped, b):  # uint8 -> [n], 1 where the middle frame is predicted exactly
-    h, width = a.shape[2:]
-    x, y = pad_to(a.float() / 255, 16), pad_to(b.float() / 255, 16)
+    height, width = a.shape[2:]
+    x = pad_to(a.float() / 255, 16)
+    y = pad_to(b.float() / 255, 16)
     check_size(x, "motion_smoothness")
-    top, left = ((-s % 16) // 2 for s in (h, width))
-    middle = amt(w, x, y)[:, :, top:top + h, left:left + width]
+    top, left = ((-s % 16) // 2 for s in (height, width))
+    middle = amt(w, x, y)[:, :, top:top + height, left:left + width]
     predicted = (middle * 255).to(torch.uint8)  # VBench truncates here
     return 1 - (predicted.int() - dropped.int()).abs().float().mean((1, 2, 3)) / 255
 
 
 # ----------------------------------------------------------------------------------------------------
-# weight files: names, sources, places. amt-s.pth and pyiqa's MUSIQ come with non-commercial terms
+# weight files: names, sources and where they are looked for. amt-s.pth and pyiqa's MUSIQ come with
+# non-commercial terms
 
 class File(NamedTuple):
     folder: str  # within VBench's cache
     url: str
     tensors: int
-    key: str  # a tensor whose shape, with the number of tensors, identifies the network
+    key: str  # a tensor whose shape identifies the network, together with the number of tensors
     shape: tuple
-    sha256: str = ""  # if the publisher states it
+    sha256: str = ""  # where the publisher states it
 
 
 CLIP = "https://openaipublic.azureedge.net/clip/models"
@@ -443,7 +455,7 @@ FILES = {
 
 
 RAFT_FILES = ("raft-things.pth", "raft_large_C_T_V1-22a6c225.pth")
-NETWORKS = {  # {dimension: (the files it needs, any one of each tuple; the function of weights and frames)}
+NETWORKS = {  # {dimension: (its files, one of each tuple; its function of weights and frames)}
     "subject_consistency": ([("dino_vitbase16_pretrain.pth",)], subject_features),
     "background_consistency": ([("ViT-B-32.pt",)], background_features),
     "motion_smoothness": ([("amt-s.pth",)], smoothness),
@@ -454,9 +466,10 @@ NETWORKS = {  # {dimension: (the files it needs, any one of each tuple; the func
 
 
 def find_files(dimension: str, weights) -> tuple[list[Path], list[str]]:
-    """(the files of a dimension that exist, a description of each one that does not). weights: a folder to
-    look in first, or None."""
-    paths, missing = [], []
+    """(a dimension's files that exist, a description of each one that does not). weights: a folder to search
+    first, or None."""
+    paths = []
+    missing = []
     for names in NETWORKS[dimension][0]:
         if path := find(names, weights):
             paths.append(path)
@@ -473,18 +486,19 @@ def find(names, weights) -> Path | None:
 
 
 def possible_paths(name: str, weights) -> list[Path]:
-    """Where a file may be: in the given folder, flat or laid out as VBench's cache; then in the caches that
-    VBench and its networks use."""
+    """Where a file may be: in the folder weights, flat or in the layout of VBench's cache; then in the caches
+    that VBench and its networks use."""
     folder = FILES[name].folder
     cache = Path(os.environ.get("VBENCH_CACHE_DIR") or "~/.cache/vbench").expanduser()
     hub = Path(torch.hub.get_dir()) / "checkpoints"
-    also = {"clip_model": Path("~/.cache/clip").expanduser(), "dino_model": hub, "raft_model/models": hub}
-    given = [Path(weights), Path(weights) / folder] if weights else []
-    return [root / name for root in (*given, cache / folder, also.get(folder)) if root]
+    publishers = {"clip_model": Path("~/.cache/clip").expanduser(), "dino_model": hub,
+                  "raft_model/models": hub}
+    first = [Path(weights), Path(weights) / folder] if weights else []
+    return [root / name for root in (*first, cache / folder, publishers.get(folder)) if root]
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of one of FILES, in fp32, after checking that it is the right one."""
+    """The state dict of one of FILES, in fp32, once it is checked to be the right one."""
     file = FILES[path.name]
     is_clip = file.folder == "clip_model"
     archive = is_clip and zipfile.is_zipfile(path) and "/code/" in " ".join(zipfile.ZipFile(path).namelist())
@@ -495,17 +509,17 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
         if sha256 != file.sha256:
             raise UserError(f"{path} is not the published file: its sha256 is {sha256[:16]}..., not "
                             f"{file.sha256[:16]}...; get it again from {file.url}")
-    if archive:  # it holds code, but with this sha256 it is OpenAI's
+    if archive:  # it contains code, but its sha256 says that it is OpenAI's
         weights = torch.jit.load(path, map_location="cpu").state_dict()
     else:
-        scalar = np.float64(0).__reduce__()[0]  # AMT's file also holds its learning rate, a numpy number
+        scalar = np.float64(0).__reduce__()[0]  # AMT's file also contains its learning rate, a numpy scalar
         allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
         with torch.serialization.safe_globals(allowed):
             stored = open_weights(path)[0]
         weights = {k: v.read() for k, v in stored.get("state_dict", stored).items() if isinstance(v, Stored)}
     if file.folder == "raft_model/models":
         weights = {raft_name(k): v for k, v in weights.items()}
-    # of CLIP only the image tower; of RAFT not the norms that raft-things.pth holds a second time
+    # only CLIP's image tower is needed; raft-things.pth holds some of its norms twice
     prefix = "visual." if is_clip else ""
     weights = {k: v.float() for k, v in weights.items() if k.startswith(prefix) and ".norm3." not in k}
     shape = tuple(weights[file.key].shape) if file.key in weights else "missing"
@@ -516,8 +530,8 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def open_network(dimension: str, paths: list[Path], frames: int, device):
-    """The function of a dimension with its weights: it takes `frames` tensors, uint8 [n,3,H,W] each, and
-    returns a row for each of n."""
+    """A dimension's function, with its weights: it takes `frames` tensors, uint8 [n,3,H,W] each, and returns
+    n rows."""
     network = NETWORKS[dimension][1]
     weights = [read_file(path) for path in paths]
     check_fit(dimension, partial(network, *weights), frames, paths)
@@ -526,9 +540,9 @@ def open_network(dimension: str, paths: list[Path], frames: int, device):
 
 @torch.inference_mode()
 def check_fit(dimension: str, network, frames: int, paths: list[Path]):
-    """Runs the network on black frames: a file that does not fit fails here, not at the first video."""
+    """Runs the network on black frames, so that a file that does not fit fails before the first video."""
     try:
         network(*[torch.zeros(1, 3, 128, 128, dtype=torch.uint8)] * frames)
     except (KeyError, ValueError, RuntimeError) as error:
-        where = " and ".join(map(str, paths))
-        raise UserError(f"{where}: not the weights of {dimension}: {first_line(error)}") from None
+        files = " and ".join(map(str, paths))
+        raise UserError(f"{files}: not the weights of {dimension}: {first_line(error)}") from None

@@ -1,25 +1,20 @@
-"""Stage 3: which frames end up where, clips by reference, prompts, ablations, kills, ranks, its refusals."""
+"""Stage 3: the frame map, clips by reference, prompts, ablations, ranks, kills and refusals."""
 
-import errno
 import functools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 import tracemalloc
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from worlds import torchrun
+import worlds
+from worlds import refused, tree
 
 import aggregate
 import common
@@ -33,24 +28,18 @@ import vae as wan_vae
 from aggregate import TEMPLATE
 from common import UserError
 
-SCRIPT = Path(aggregate.__file__)
 FRAMES, LATENTS = 21, 6
 CLIPS, ROLLOUTS = 4, 3
 
 
-def alone(stage, **flags):
-    """Runs a stage's main as one process."""
-    try:
-        stage.main(stage.Config(**{k: str(v) if isinstance(v, Path) else v for k, v in flags.items()},
-                                device="cpu"))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def run(stage, **flags):
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
+    worlds.run_stage(stage, stage.Config(**flags, device="cpu"))
 
 
 def roll(root, k, **flags):
-    alone(rollout, **dict(model=root / "model", data=root / f"agg_{k}", out=root / f"rollout_{k}", round=k,
-                          count=ROLLOUTS, steps=1, previews=0, held_out=0) | flags)
+    run(rollout, **dict(model=root / "model", data=root / f"agg_{k}", out=root / f"rollout_{k}", round=k,
+                        count=ROLLOUTS, steps=1, previews=0, held_out=0) | flags)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +53,15 @@ def first(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         data.write_video(path, [toy.render(world, FRAMES + 8)], toy.FPS, crf=8)
         common.write_text(path.with_suffix(".txt"), toy.caption(world))
-    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=32)
-    net = model.WanModel(config).init_weights("aggregate")
-    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=common.rng("head"))
-    model.save(net, root / "model", wan="../wan")
-    alone(prepare, videos=root / "videos", wan=root / "wan", out=root / "agg_0", frames=FRAMES)
+    model.save(worlds.tiny_model("aggregate"), root / "model", wan="../wan")
+    run(prepare, videos=root / "videos", wan=root / "wan", out=root / "agg_0", frames=FRAMES)
     roll(root, 0)
     return root
 
 
 @pytest.fixture
 def work(first, tmp_path, monkeypatch):
-    """A folder with agg_0/ and rollout_0/, in which tests may do as they like."""
+    """A folder with agg_0/ and rollout_0/, which a test may change."""
     for name in ("agg_0", "rollout_0"):
         shutil.copytree(first / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -84,24 +70,12 @@ def work(first, tmp_path, monkeypatch):
 
 
 def make(k=0, **flags):
-    own = dict(data=f"agg_{k}", rollouts=f"rollout_{k}", out=f"agg_{k + 1}")
-    alone(aggregate, **own | flags)
-    return Path(flags.get("out", f"agg_{k + 1}"))
+    flags = dict(data=f"agg_{k}", rollouts=f"rollout_{k}", out=f"agg_{k + 1}") | flags
+    run(aggregate, **flags)
+    return Path(flags["out"])
 
 
-def tree(folder) -> dict:
-    """Every file's bytes, hidden ones too, and every folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
-            for p in sorted(Path(folder).rglob("*"))}
-
-
-def identity(folder) -> dict:
-    """Which files these are: any write, however faithful, would show."""
-    stats = {p: p.stat() for p in Path(folder).rglob("*")}
-    return {p: (s.st_ino, s.st_mtime_ns, s.st_size, s.st_nlink) for p, s in stats.items()}
-
-
-# ----------------------------------------------------------------------------------------- the frame map
+# ---------------------------------------------------------------------------------------- the frame map
 
 class Tags:
     """A lossless codec of 1 + 4n frames, each frame being its number: latent n is what it holds, in order."""
@@ -159,7 +133,8 @@ def test_pasted_pixels_go_where_the_first_frames_were():
 
 def test_pixels_are_clamped_but_not_rounded():
     coder = wan_vae.load(toy.VAE_FILE)
-    encode, seen = coder.encode, []
+    encode = coder.encode
+    seen = []
     coder.encode = lambda video: seen.append(video) or encode(video)
     aggregate.reverse(8 * torch.randn(1, 3, 16, 4, 4, generator=common.rng("wild")), coder)
     [video] = seen
@@ -167,10 +142,12 @@ def test_pixels_are_clamped_but_not_rounded():
     assert (video - data.to_float(data.to_uint8(video))).abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------------------- what it makes
+# ----------------------------------------------------------------------------------- the store it makes
 
 def test_a_corrective_clip(first, work, capsys):
-    seeds, rollouts, made = data.Clips("agg_0"), data.Clips("rollout_0"), data.Clips(make())
+    seeds = data.Clips("agg_0")
+    rollouts = data.Clips("rollout_0")
+    made = data.Clips(make())
     assert capsys.readouterr().out.endswith("7 clips in agg_1: 4 seed, 3 corrective\n")
     assert made.kinds == ["seed"] * CLIPS + ["corrective"] * ROLLOUTS
     coder, encoder = wan_vae.load(first / "wan"), t5.load(first / "wan")
@@ -203,13 +180,13 @@ def test_meta_says_how_it_was_made(first, work):
 
 
 def test_nothing_is_copied(work):
-    before = identity("agg_0"), identity("rollout_0")
+    before = worlds.identity("agg_0"), worlds.identity("rollout_0")
     assert set(tree(make())) == {"meta.json", "index.jsonl", "empty.safetensors", "clips"} | {
         f"clips/{clip['id']}-reversed.safetensors" for clip in data.Clips("rollout_0")}
     assert [clip["file"] for clip in data.Clips("agg_1")][:CLIPS] == [
         f"../agg_0/clips/{clip['id']}.safetensors" for clip in data.Clips("agg_0")]
     assert Path("agg_1/empty.safetensors").read_bytes() == Path("agg_0/empty.safetensors").read_bytes()
-    assert (identity("agg_0"), identity("rollout_0")) == before
+    assert (worlds.identity("agg_0"), worlds.identity("rollout_0")) == before
     shutil.rmtree("agg_1")
     seeds = data.Clips("agg_0")
     assert [seeds.load(i)["latents"].shape[0] for i in range(len(seeds))] == [LATENTS] * CLIPS
@@ -221,9 +198,9 @@ def test_two_rounds(first, work, tmp_path):
     roll(first, 1, data="agg_1", out="rollout_1", count=2)
     sources = [clip["source"] for clip in data.Clips("rollout_1")]
     assert set(sources) <= {clip["id"] for clip in data.Clips("agg_0")}, "seed clips only"
-    before = identity("agg_0"), identity("agg_1")
+    before = worlds.identity("agg_0"), worlds.identity("agg_1")
     made = [list(data.Clips(make(k=1)))]
-    assert (identity("agg_0"), identity("agg_1")) == before
+    assert (worlds.identity("agg_0"), worlds.identity("agg_1")) == before
     assert [clip["kind"] for clip in made[0]] == ["seed"] * CLIPS + ["corrective"] * (ROLLOUTS + 2)
     assert [clip["round"] for clip in made[0]] == [0] * CLIPS + [1] * ROLLOUTS + [2] * 2
     assert [Path(clip["file"]).parent.as_posix() for clip in made[0]] == (
@@ -264,7 +241,8 @@ def test_rewriting(prompt, template, expected):
 def test_another_template_and_none(first, work):
     plain = make()
     other, none = make(template="{}, in reverse", out="other"), make(rewrite=False, out="none")
-    encoder, rollouts = t5.load(first / "wan"), data.Clips("rollout_0")
+    encoder = t5.load(first / "wan")
+    rollouts = data.Clips("rollout_0")
     for j in range(ROLLOUTS):
         new, same, old = data.Clips(other).load(CLIPS + j), data.Clips(none).load(CLIPS + j), rollouts.load(j)
         assert new["prompt"] == "a" + old["prompt"][1:] + ", in reverse"
@@ -285,18 +263,22 @@ def test_a_prompt_that_is_reversed_is_not_reversed_again():
 
 
 def test_flip_latents(work):
-    made, rollouts = data.Clips(make(flip="latents")), data.Clips("rollout_0")
+    made = data.Clips(make(flip="latents"))
+    rollouts = data.Clips("rollout_0")
     for j in range(ROLLOUTS):
         assert torch.equal(made.load(CLIPS + j)["latents"], rollouts.load(j)["latents"].flip(0))
 
 
 def test_paste_real(first, work):
     """The very pixels that prepare.py cropped, in the place of the VAE's rendering of them."""
-    seen, reverse = [], aggregate.reverse
+    seen = []
+    reverse = aggregate.reverse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aggregate, "reverse", lambda *args: seen.append(args) or reverse(*args))
         made = data.Clips(make(paste_real=first / "videos"))
-    coder, rollouts, starts = wan_vae.load(first / "wan"), data.Clips("rollout_0"), []
+    coder = wan_vae.load(first / "wan")
+    rollouts = data.Clips("rollout_0")
+    starts = []
     for j, (_, _, flip, real) in enumerate(seen):
         id = rollouts[j]["source"]
         video = data.probe(first / "videos" / f"{id}.mp4")
@@ -312,7 +294,7 @@ def test_paste_real(first, work):
     assert len(seen) == ROLLOUTS and any(starts), "crops that all begin at 0 would show nothing"
 
 
-def test_a_long_index_is_never_in_memory(tmp_path):
+def test_a_long_index_is_never_in_memory(tmp_path, ranks):
     """1,000 clips with prompts of 12 KB are referred to line by line."""
     (tmp_path / "agg_0").mkdir()
     clip = {"id": "a", "file": "clips/a.safetensors", "prompt": 2000 * "long, ", "kind": "seed", "round": 0,
@@ -320,69 +302,43 @@ def test_a_long_index_is_never_in_memory(tmp_path):
     with open(tmp_path / "agg_0/index.jsonl", "w") as f:
         f.writelines(json.dumps(clip | {"id": f"{i}"}) + "\n" for i in range(1000))
     data.write_text_embedding(tmp_path / "agg_0/empty.safetensors", torch.zeros(1, 4))
-    clips, ranks = data.Clips(tmp_path / "agg_0"), common.start_ranks("cpu")
+    clips = data.Clips(tmp_path / "agg_0")
     store = data.Writer(tmp_path / "agg_1", ranks, {})
     tracemalloc.start()
     aggregate.finish(clips, [clip | {"id": "new"}], store, ranks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    dist.destroy_process_group()
     made = data.Clips(tmp_path / "agg_1")
     assert len(made) == 1001 and made[1000] == clip | {"id": "new"}
     assert made[999] == clip | {"id": "999", "file": "../agg_0/clips/a.safetensors"}
     assert made.index.stat().st_size > 12e6 and peak < 1e6, peak
 
 
-# ----------------------------------------------------------------------------------------- the same again
-
-def child(patch=lambda: None, **flags):
-    """A process of its own that runs aggregate.main, after patch(); forked, so that it starts at once."""
-    def target():
-        sys.stdout = open(os.devnull, "w")
-        patch()
-        make(**flags)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = multiprocessing.get_context("fork").Process(target=target)
-        process.start()
-    return process
-
+# ----------------------------------------------------------------------- ranks, kills and repeated runs
 
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_ranks_leave_no_trace(work, ranks):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-
-    def join(rank):
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(port)}
-    processes = [child(functools.partial(join, rank), out="shared") for rank in range(ranks)]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    worlds.fork_ranks(ranks, functools.partial(make, out="shared"))
     assert tree("shared") == tree(make())
 
 
 def test_torchrun_leaves_no_trace(work):
-    command = [*torchrun(2), str(SCRIPT), "--rollouts", "rollout_0", "--out", "shared"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    done = worlds.call("aggregate.py", "--rollouts", "rollout_0", "--out", "shared", ranks=2)
     assert "3 rollouts; 2 to reverse on this rank, the first of 2" in done.stdout
     assert done.stdout.endswith("7 clips in shared: 4 seed, 3 corrective\n")
-    made, alone = tree("shared"), tree(make())
-    told, again = json.loads(alone.pop("meta.json")), json.loads(made.pop("meta.json"))
-    assert made == alone and again.pop("command")[1:3] == ["--rollouts", "rollout_0"]
-    assert again == {k: v for k, v in told.items() if k != "command"}
+    assert worlds.tree_but_command("shared") == worlds.tree_but_command(make())
+    command = common.read_json("shared/meta.json")["command"]
+    assert command[1:] == ["--rollouts", "rollout_0", "--out", "shared"]
 
 
 def test_killed_before_each_change_on_disk(work):
-    """Whatever file is about to appear or go; what is there then is no store, or a whole one."""
+    """Killed as each file is about to appear or go: what it leaves is no store yet, or a whole one."""
     count = 2
     data.write_index("rollout_0", list(data.Clips("rollout_0"))[:count])
     meta = json.loads(Path("rollout_0/meta.json").read_text()) | {"count": count}
     common.write_text("rollout_0/meta.json", json.dumps(meta))
-    whole, kills = tree(make()), 0
+    whole = tree(make())
+    kills = 0
 
     def patch():
         changes = []
@@ -396,8 +352,7 @@ def test_killed_before_each_change_on_disk(work):
                 return change(path, *args, **kwargs)
             return changed
         os.replace, Path.unlink = or_die(os.replace), or_die(Path.unlink)
-    while (process := child(patch, out=f"killed{kills}")).join() or process.exitcode:
-        assert process.exitcode == -signal.SIGKILL
+    while worlds.dies(patch, functools.partial(make, out=f"killed{kills}")):
         if Path(f"killed{kills}/index.jsonl").exists():
             assert len(data.Clips(f"killed{kills}")) == CLIPS + count
         assert tree(make(out=f"killed{kills}")) == whole
@@ -407,56 +362,38 @@ def test_killed_before_each_change_on_disk(work):
 
 def test_killed_at_any_time(work):
     began = time.monotonic()
-    whole, duration = tree(make()), time.monotonic() - began
+    whole = tree(make())
+    duration = time.monotonic() - began
     times = random.Random(0)
     for n in range(2):
+        again = functools.partial(make, out=f"killed{n}")
         for _ in range(3):
-            process = child(out=f"killed{n}")
-            time.sleep(times.uniform(0, duration))
-            process.kill()
-            process.join()
-        assert tree(make(out=f"killed{n}")) == whole
+            worlds.fork_and_kill(times.uniform(0, duration), again)
+        assert tree(again()) == whole
 
 
 def test_what_is_there_is_not_made_again(work, capsys, monkeypatch):
     out = make()
-    before = tree(out)
-    stamps = {p: p.stat().st_mtime_ns for p in out.glob("clips/*")}
-    lost = sorted(stamps)[1]
+    before, files = tree(out), worlds.identity(out / "clips")
+    lost = sorted(files)[1]
     lost.unlink()
     make()
     assert "3 rollouts; 1 to reverse\n" in capsys.readouterr().out and tree(out) == before
-    del stamps[lost]
-    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    assert [p for p, file in worlds.identity(out / "clips").items() if files[p] != file] == [lost]
     monkeypatch.setattr(t5, "load", None)
     make()
     assert tree(out) == before
 
 
-def test_a_full_disk_keeps_what_is_done(work, monkeypatch):
-    whole, write, written = tree(make()), data.write_clip, []
-
-    def until_full(*args):
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
-        written.append(write(*args))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "write_clip", until_full)
-        message = "(?s)No space left.*2 finished clips are kept in full.*to continue"
-        with pytest.raises(UserError, match=message):
-            make(out="full")
+def test_a_full_disk_keeps_what_is_done(work):
+    whole = tree(make())
+    with worlds.disk_full_after(2):
+        make(out="full")
     assert not Path("full/index.jsonl").exists()
     assert tree(make(out="full")) == whole
 
 
-# ----------------------------------------------------------------------------------------- refusals
-
-def refused(message, **flags):
-    before = tree(".")
-    with pytest.raises(UserError, match=message):
-        make(**flags)
-    assert tree(".") == before
-
+# --------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("flags,message", [
     (dict(data="nowhere"), "nowhere is not a clip store"), (dict(rollouts="nowhere"), "not a clip store"),
@@ -468,14 +405,17 @@ def refused(message, **flags):
     (dict(rollouts="agg_0"), "agg_0 holds seed clips; give --rollouts what rollout.py makes"),
     (dict(wan="nowhere"), "no VAE in nowhere")])
 def test_refusals(work, flags, message):
-    refused(message, **flags)
+    with refused(message):
+        make(**flags)
 
 
 @pytest.mark.parametrize("key", aggregate.GEOMETRY)
 def test_rollouts_of_other_data(work, key):
     meta = json.loads(Path("rollout_0/meta.json").read_text())
     common.write_text("rollout_0/meta.json", json.dumps(meta | {key: "other"}))
-    refused(f"rollout_0 was made with {key} = other, agg_0 with .*; aggregate rollouts of the same data")
+    message = f"rollout_0 was made with {key} = other, agg_0 with .*; aggregate rollouts of the same data"
+    with refused(message):
+        make()
 
 
 @pytest.mark.parametrize("change", [lambda clip: [], lambda clip: [clip | {"kind": "corrective"}]])
@@ -483,23 +423,27 @@ def test_rollouts_of_clips_that_are_no_seed_clips(work, change):
     source = data.Clips("rollout_0")[1]["source"]
     clips = list(data.Clips("agg_0"))
     data.write_index("agg_0", sum((change(c) if c["id"] == source else [c] for c in clips), []))
-    refused(f"rollout_0 continues clip {source}, which is no seed clip of agg_0")
+    with refused(f"rollout_0 continues clip {source}, which is no seed clip of agg_0"):
+        make()
 
 
 def test_half_written_rollouts(work):
     Path("rollout_0/index.jsonl").unlink()
-    refused("rollout_0 is not finished: its index.jsonl comes last; run again\n.*")
+    with refused("rollout_0 is not finished: its index.jsonl comes last; run again\n.*"):
+        make()
 
 
 def test_rollouts_that_are_part_of_it(work):
     make()
     id = data.Clips("rollout_0")[0]["id"]
-    refused(f"agg_1 has a clip {id}-reversed already: rollout_0 is part of it", data="agg_1", out="agg_2")
+    with refused(f"agg_1 has a clip {id}-reversed already: rollout_0 is part of it"):
+        make(data="agg_1", out="agg_2")
 
 
 def test_a_store_without_the_empty_prompt(work):
     Path("agg_0/empty.safetensors").unlink()
-    refused("agg_0/empty.safetensors is missing; run prepare.py again")
+    with refused("agg_0/empty.safetensors is missing; run prepare.py again"):
+        make()
 
 
 def test_another_vae_or_text_encoder(first, work):
@@ -507,12 +451,14 @@ def test_another_vae_or_text_encoder(first, work):
     coder = wan_vae.load("wan")
     coder.conv2.bias.data += 1
     wan_vae.save(coder, "wan/vae.safetensors")
-    refused("wan has another vae than agg_0 was made with; give --wan /", wan="wan")
+    with refused("wan has another vae than agg_0 was made with; give --wan /"):
+        make(wan="wan")
     shutil.copy(first / "wan/vae.safetensors", "wan/vae.safetensors")
     encoder = t5.load_encoder("wan")
     encoder.norm.weight.data += 1
     t5.save(encoder, "wan/t5.safetensors")
-    refused("wan has another t5 than agg_0 was made with; give --wan /", wan="wan")
+    with refused("wan has another t5 than agg_0 was made with; give --wan /"):
+        make(wan="wan")
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -522,17 +468,20 @@ def test_another_vae_or_text_encoder(first, work):
     (dict(dtype="bfloat16"), "dtype = float32, not bfloat16")])
 def test_a_store_keeps_to_how_it_was_begun(work, flags, message):
     make()
-    refused(f"agg_1 was begun with {message}", **flags)
+    with refused(f"agg_1 was begun with {message}"):
+        make(**flags)
 
 
 def test_a_store_keeps_to_what_it_was_begun_from(work):
     make()
     clips = list(data.Clips("agg_0"))
     data.write_index("agg_0", clips[::-1])
-    refused("agg_1 was begun with data_fingerprint = ")
+    with refused("agg_1 was begun with data_fingerprint = "):
+        make()
     data.write_index("agg_0", clips)
     data.write_index("rollout_0", list(data.Clips("rollout_0"))[::-1])
-    refused("agg_1 was begun with rollouts_fingerprint = ")
+    with refused("agg_1 was begun with rollouts_fingerprint = "):
+        make()
 
 
 def test_pasting_from_another_folder(first, work):
@@ -544,8 +493,8 @@ def test_pasting_from_another_folder(first, work):
 
 
 def test_neighbours_are_found(work):
-    alone(aggregate, rollouts="rollout_0/")
+    run(aggregate, rollouts="rollout_0/")
     assert tree("agg_1")["index.jsonl"] == tree(make(out="other"))["index.jsonl"]
     shutil.copytree("rollout_0", "mine")
     with pytest.raises(UserError, match="mine does not end in a round's number, .*; give --data DIR"):
-        alone(aggregate, rollouts="mine")
+        run(aggregate, rollouts="mine")

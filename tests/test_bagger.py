@@ -1,4 +1,4 @@
-"""The whole method by its script, at the sizes of QUICK=1: it ends, whatever happens on the way."""
+"""bagger.sh: the whole method at the sizes of QUICK=1, kills, its commands, and the environment it makes."""
 
 import json
 import os
@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from worlds import ROOT, ended, tree, wait_until
 
 import data
 
-SCRIPT = Path(__file__).parent.parent / "bagger.sh"
+SCRIPT = ROOT / "bagger.sh"
 
 
 def start(out, **more):
@@ -25,7 +26,7 @@ def start(out, **more):
 
 
 def kill(process):
-    """It and all it has started, torchrun's workers too, which have groups of their own."""
+    """Kills it and all it has started, torchrun's workers too, which have process groups of their own."""
     listed = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True).stdout.split("\n")[1:]
     for pid, session in (map(int, line.split()) for line in listed if line.strip()):
         if session == process.pid:
@@ -36,8 +37,8 @@ def kill(process):
 def bytes_of(out) -> dict:
     """What must not depend on how often it was interrupted: models, clips and indices, videos."""
     kinds = (".safetensors", ".mp4", "index.jsonl", "config.json", "prompts.jsonl")
-    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*"))
-            if p.name.endswith(kinds) and "scores" not in p.parts}
+    return {path: content for path, content in tree(out).items()
+            if path.endswith(kinds) and "scores" not in Path(path).parts}
 
 
 SPY = """
@@ -54,18 +55,14 @@ def test_the_method_by_one_command(tmp_path):
     spy.mkdir()
     (spy / "sitecustomize.py").write_text(SPY)
     process = start(out, NPROC="1", STEPS="2")
-    while not (out / "model_0" / "log.jsonl").exists():  # stopped in the middle of a training
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
+    wait_until((out / "model_0" / "log.jsonl").exists, process)  # stopped in the middle of a training
     kill(process)
-    process = start(out, NPROC="1", STEPS="2", PYTHONPATH=str(spy))
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
-    assert "learnt nothing" in told
-    assert "left behind" not in told, "a thread of gloo's that outlives Python may abort the process"
+    printed = ended(start(out, NPROC="1", STEPS="2", PYTHONPATH=str(spy))).stdout
+    assert "learnt nothing" in printed
+    assert "left behind" not in printed, "a thread of gloo's that outlives Python may abort the process"
     for stage in ("a toy world", "seed data", "the toy's base model", "train model_0", "roll model_0 out",
                   "play the rollouts backwards", "train model_1", "videos of 6 s from model_1", "drift"):
-        assert f"== {stage}" in told or f": {stage}" in told, stage
+        assert f"== {stage}" in printed or f": {stage}" in printed, stage
     assert json.loads((out / "model_1/config.json").read_text())["step"] == 2
     clips = data.Clips(out / "agg_1")
     assert list(clips.kinds) == ["seed"] * 12 + ["corrective"] * 6
@@ -78,11 +75,10 @@ def test_the_method_by_one_command(tmp_path):
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
-    out, chance = tmp_path / "run", random.Random(0)
-    process = start(out)
+    out = tmp_path / "run"
+    chance = random.Random(0)
     began = time.monotonic()
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    ended(start(out))
     took = time.monotonic() - began
     reference = bytes_of(out)
     assert len(reference) > 60
@@ -92,9 +88,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
         time.sleep(chance.uniform(0.05, 0.35) * took)
         kill(process)
         print(sorted(p.name for p in out.iterdir()))
-    process = start(out)
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    ended(start(out))
     again = bytes_of(out)
     assert again.keys() == reference.keys()
     assert [name for name in again if again[name] != reference[name]] == []
@@ -107,13 +101,12 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
     (dict(OUT="/proc/run"), "/proc/run"),
 ])
 def test_refusals(tmp_path, more, message):
-    process = start(tmp_path / "run", **more)
-    told, _ = process.communicate()
-    assert process.returncode and message in told and len(told.splitlines()) < 5
+    printed = ended(start(tmp_path / "run", **more), code=1).stdout
+    assert message in printed and len(printed.splitlines()) < 5
 
 
 # ----------------------------------------------------------------------------------------------------
-# without running anything: a stand-in for python writes down what it is asked to do
+# the commands: a stand-in for python records them
 
 STAND_IN = """#!/bin/sh
 if [ "$1" = -c ]; then echo 1; exit; fi
@@ -122,21 +115,22 @@ if [ "$1" = -c ]; then echo 1; exit; fi
 
 
 def recorded(tmp_path, **more) -> list[list[str]]:
-    """[[where torchrun's processes meet, argument, ...] of every command], without the folder of the scripts."""
+    """[where torchrun's processes meet, argument, ...] of every command, but for the scripts' folder."""
     python, record = tmp_path / "python", tmp_path / "record"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     record.write_text("")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
     env |= dict(PYTHON=str(python), RECORD=str(record), OUT=str(tmp_path / "the run")) | more
-    subprocess.run(["bash", str(SCRIPT)], env=env, check=True, capture_output=True, cwd=SCRIPT.parent)
-    lines = record.read_text().replace(f"{SCRIPT.parent}/", "").split("\x1f\n")[:-1]
+    ended(subprocess.Popen(["bash", str(SCRIPT)], env=env, cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True))
+    lines = record.read_text().replace(f"{ROOT}/", "").split("\x1f\n")[:-1]
     return [line.split("\x1f") for line in lines]
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 REAL = dict(WAN="tests", VIDEOS="my clips", ROUNDS="2")
-STAGES = {  # which variable is for which stage, and how the plan is told
+STAGES = {  # which variable is for which stage, and the flag by which the plan gets it
     "PREPARE": ("prepare.py", "--prepare=--x 1 --yes"),
     "TRAIN": ("train_df.py", "--train=--x 1 --yes --steps 16000"),
     "ROLLOUT": ("rollout.py", "--rollout= --x 1 --yes"),
@@ -175,11 +169,11 @@ def test_the_papers_two_other_rows_can_be_left_out(tmp_path):
 @pytest.mark.parametrize("variable", STAGES)
 @pytest.mark.parametrize("run", [REAL, dict(QUICK="1")])
 def test_each_stage_takes_flags_of_its_own(variable, run, tmp_path):
-    stage, told = STAGES[variable]
+    stage, flag = STAGES[variable]
     plan, *commands = recorded(tmp_path, **run, **{variable: "--x 1 --yes"})
     for command in commands:
         assert (" --x 1 --yes" in " ".join(command)) == ("--yes" in command) == (stage in command), command
-    assert run is not REAL or [word for word in plan if "--yes" in word] == [told]
+    assert run is not REAL or [word for word in plan if "--yes" in word] == [flag]
 
 
 def test_flags_for_both_stages_that_generate(tmp_path):
@@ -208,7 +202,7 @@ def test_two_nodes_of_one_process(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# the environment: a stand-in for python3 makes it, and for pip
+# the environment: stand-ins for python3 and pip
 
 MAKES_VENV = """#!/bin/sh
 mkdir -p "$3/bin"
@@ -247,8 +241,8 @@ def fresh(tmp_path):
 def test_a_broken_install_is_finished_by_the_next_start(fresh, tmp_path):
     for pip, code, count, made in ("1", 1, 1, True), ("1", 1, 2, True), ("0", 0, 3, True), ("1", 0, 3, False):
         process = fresh(PIP=pip)
-        told, _ = process.communicate(timeout=60)
-        assert (process.returncode, "== making" in told) == (code, made), told
+        printed, _ = process.communicate(timeout=60)
+        assert (process.returncode, "== making" in printed) == (code, made), printed
         assert len((tmp_path / "record").read_text().splitlines()) == count, "what is whole is left alone"
     with open(tmp_path / "requirements.txt", "a") as f:
         f.write("one-more\n")
@@ -264,5 +258,5 @@ def test_one_node_makes_the_environment(fresh, tmp_path):
         fresh(PET_NNODES="2", PET_NODE_RANK="0", PIP=pip).communicate()
         time.sleep(0.5)
         assert pip == "0" or second.poll() is None, "python is there, but its packages are not"
-    told, _ = second.communicate(timeout=60)
-    assert second.returncode == 0 and "== done" in told and "== making" not in told
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "== done" in printed and "== making" not in printed, printed

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds import ROOT
 
 import bench
 import model
 import toy
 from common import UserError
 
-PROMPTS = str(Path(__file__).parent.parent / "prompts.txt")
+PROMPTS = str(ROOT / "prompts.txt")
 WEIGHTS_14B = 14_288_491_584
 
 
@@ -36,7 +37,8 @@ def videos(tmp_path):
 @pytest.fixture
 def wan_14b(wan, tmp_path):
     """A directory of the sizes of Wan2.1-T2V-14B, in shards whose weights are holes: they take no disk."""
-    folder, shards = tmp_path / "14b", defaultdict(dict)
+    folder = tmp_path / "14b"
+    shards = defaultdict(dict)
     sizes = model.Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     shutil.copytree(wan, folder)
     (folder / "config.json").write_text(json.dumps(asdict(sizes)))
@@ -62,8 +64,14 @@ def write_holes(path, shapes):
 
 
 def config(wan, videos, out, **more):
-    common = dict(wan=str(wan), videos=str(videos), out=str(out), prompts=PROMPTS)
-    return bench.Config("plan", **common | more)
+    flags = dict(wan=str(wan), videos=str(videos), out=str(out), prompts=PROMPTS) | more
+    return bench.Config("plan", **flags)
+
+
+def plan(cfg, capsys):
+    """What bench.py prints of a plan, and what it writes about the stages."""
+    bench.plan(cfg)
+    return capsys.readouterr().out, json.loads(Path(cfg.out, "plan.json").read_text())["stages"]
 
 
 def disk(cfg) -> dict:
@@ -74,19 +82,18 @@ def test_the_plan_of_14b_without_a_gpu(wan_14b, videos, tmp_path, monkeypatch, c
     monkeypatch.setattr(bench, "measuring_device", lambda: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(10**13))
     cfg = config(wan_14b, videos, tmp_path / "run", train="--held-out 1", rollout="--count 3")
-    bench.plan(cfg)
-    told, found = capsys.readouterr().out, json.loads((tmp_path / "run" / "plan.json").read_text())["stages"]
+    printed, stages = plan(cfg, capsys)
     tokens = bench.read_run(cfg).tokens
     clip = 2 * 21 * 16 * 60 * 104 + 2 * tokens * 4096  # fp16 latents, bf16 text
-    assert 4 <= tokens <= 6 and found["prepare"] == [4 * clip, None]
-    assert found["rollout"] == found["aggregate"] == [3 * 3 * clip, None]
+    assert 4 <= tokens <= 6 and stages["prepare"] == [4 * clip, None]
+    assert stages["rollout"] == stages["aggregate"] == [3 * 3 * clip, None]
     # 4 models, each fp32 weights and 2 checkpoints of weights and two moments; and a checkpoint being written
-    assert found["train"] == [4 * WEIGHTS_14B * (4 + 2 * 12) + WEIGHTS_14B * 12, None]
+    assert stages["train"] == [4 * WEIGHTS_14B * (4 + 2 * 12) + WEIGHTS_14B * 12, None]
     # a bit a pixel; 50 s are 801 frames, or 201 latent ones
-    assert found["sample"] == [4 * 32 * 201 * 4 * 832 * 480 / 8, None]
+    assert stages["sample"] == [4 * 32 * 201 * 4 * 832 * 480 / 8, None]
     for part in ("4 of 4 videos", "4.23 MB", "14.29 G weights", "| train     |  1,771.8 |         - |",
                  "no GPU is here"):
-        assert part in told, part
+        assert part in printed, part
 
 
 def test_the_sizes_follow_from_the_directory_and_the_flags(wan, videos, tmp_path):
@@ -96,7 +103,8 @@ def test_the_sizes_follow_from_the_directory_and_the_flags(wan, videos, tmp_path
     assert facts.weights == sum(w.numel() for w in model.load(wan).state_dict().values())
     # models 0 to 2, and two more ways to sample model 0
     assert facts.methods == 5 and facts.videos == [21] * 32
-    plain, clip = disk(cfg), 2 * 21 * 16 * 4 * 4 + 2 * facts.tokens * 64
+    plain = disk(cfg)
+    clip = 2 * 21 * 16 * 4 * 4 + 2 * facts.tokens * 64
     assert plain["prepare"] == 4 * clip and plain["rollout"] == 2 * clip, "of few clips one is rolled out"
     more = disk(config(wan, videos, tmp_path, rounds=2, seconds=5, train="--held-out 1 --ema 0.9 --keep 1",
                        prepare="--size 64x64 --frames 33", sample="--samples 2 --size 16x32"))
@@ -143,9 +151,8 @@ def test_the_hours_follow_from_what_is_measured(wan, videos, tmp_path, monkeypat
     cfg = config(wan, videos, tmp_path / "run", rounds=2, seconds=8, nproc="2", nodes=3, baselines=True,
                  train="--steps 10 --batch 8 --micro 2 --held-out 1", rollout="--count 2 --steps 6",
                  sample="--batch 2 --steps 4", eval="--batch 4")
-    bench.plan(cfg)
-    told, found = capsys.readouterr().out, json.loads((tmp_path / "run" / "plan.json").read_text())["stages"]
-    seconds = {name: stage[1] for name, stage in found.items()}
+    printed, stages = plan(cfg, capsys)
+    seconds = {name: stage[1] for name, stage in stages.items()}
     assert seconds["prepare"] == 4 * (2 + 2 / 4), "encoding, and a share of 4 captions; reading is faster"
     assert seconds["train"] == 3 * 10 * 8 * 2 / 4, "a step of 2 x 2 clips took 2 s"
     assert seconds["rollout"] == 2 * 2 * (2 + 4 * 0.5), "half a second for each step beyond two"
@@ -155,7 +162,7 @@ def test_the_hours_follow_from_what_is_measured(wan, videos, tmp_path, monkeypat
     assert seconds["sample"] == pytest.approx(6 * 32 * 1.5 + 5 * 32 * 33 * 3 / 21)
     assert seconds["eval"] == 5 * 32 * 33 * 4 * 2 / 8, "8 frames took 2 s; reading 81 took no longer"
     total = sum(seconds.values())
-    assert f"{total / 3600:,.1f} | {total / 3600 / 6:>10,.1f} |" in told and "on 6 GPUs" in told
+    assert f"{total / 3600:,.1f} | {total / 3600 / 6:>10,.1f} |" in printed and "on 6 GPUs" in printed
 
 
 def test_what_a_gpu_cannot_hold_has_no_hours(wan, videos, tmp_path, monkeypatch, capsys):
@@ -165,18 +172,17 @@ def test_what_a_gpu_cannot_hold_has_no_hours(wan, videos, tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "measuring_device", lambda: "cpu")
     monkeypatch.setattr(bench, "STAGES", {"train": bench.plan_train})
     monkeypatch.setattr(bench, "time_training", full)
-    bench.plan(config(wan, videos, tmp_path / "run"))
-    told = capsys.readouterr().out
-    assert "| train     |      0.1 |         - |          - |" in told and "does not fit" in told
+    printed, _ = plan(config(wan, videos, tmp_path / "run"), capsys)
+    assert "| train     |      0.1 |         - |          - |" in printed and "does not fit" in printed
 
 
 def test_a_plan_is_kept_but_the_disk_is_looked_at_anew(wan, videos, tmp_path, monkeypatch, capsys):
-    cfg, count, measured = config(wan, videos, tmp_path / "run"), [], bench.measured
+    cfg = config(wan, videos, tmp_path / "run")
+    count = []
+    measured = bench.measured
     monkeypatch.setattr(bench, "measured", lambda *given: count.append(given[0]) or measured(*given))
-    bench.plan(cfg)
-    first = capsys.readouterr().out.split("\ndisk")[0]
-    bench.plan(cfg)
-    assert count == list(bench.STAGES) and capsys.readouterr().out.split("\ndisk")[0] == first
+    first, again = (plan(cfg, capsys)[0].split("\ndisk")[0] for _ in range(2))
+    assert count == list(bench.STAGES) and again == first
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(10**6))
     with pytest.raises(UserError, match="GB too small"):
@@ -191,29 +197,27 @@ def test_a_plan_is_kept_but_the_disk_is_looked_at_anew(wan, videos, tmp_path, mo
     assert len(count) == 2 * len(bench.STAGES), "other videos, another plan"
 
 
-def test_missing_weights_are_told_and_stop_nobody(wan, videos, tmp_path, monkeypatch, capsys):
+def test_missing_weights_are_named_and_stop_nobody(wan, videos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VBENCH_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "some").mkdir()
+    (tmp_path / "weights").mkdir()
     for name in ("amt-s.pth", "raft-things.pth", "ViT-L-14.pt"):
-        (tmp_path / "some" / name).touch()
-    cfg = config(wan, videos, tmp_path / "run", eval=f"--weights {tmp_path / 'some'}")
-    bench.plan(cfg)
-    told = capsys.readouterr().out
+        (tmp_path / "weights" / name).touch()
+    cfg = config(wan, videos, tmp_path / "run", eval=f"--weights {tmp_path / 'weights'}")
+    printed, _ = plan(cfg, capsys)
     for part in ("lack these", "subject_consistency", "aesthetic_quality: sa_0_4_vit_l_14_linear.pth",
-                 f"{tmp_path}/some/musiq_spaq_ckpt-358bb6af.pth", "https://", "--weights DIR", "kept"):
-        assert part in told, part
-    assert "motion_smoothness" not in told and "dynamic_degree" not in told
+                 f"{tmp_path}/weights/musiq_spaq_ckpt-358bb6af.pth", "https://", "--weights DIR", "kept"):
+        assert part in printed, part
+    assert "motion_smoothness" not in printed and "dynamic_degree" not in printed
     monkeypatch.setattr(bench, "missing_weights", lambda weights: {})
-    bench.plan(cfg)
-    assert "lack these" not in capsys.readouterr().out
+    assert "lack these" not in plan(cfg, capsys)[0]
 
 
 def test_the_benchmarks_run(capsys):
     small = dict(frames=21, size="32x32", batch=2, micro=1, steps=1, repeats=1)
     bench.bench_train(bench.Config("train", **small))
     bench.bench_generate(bench.Config("generate", **small))
-    told = capsys.readouterr().out
-    assert "2 clips of 24 tokens, 1 at a time" in told and "2 videos of 21 frames" in told
-    assert math.isfinite(float(told.split(" TFLOP/s")[0].rpartition(", ")[2]))
+    printed = capsys.readouterr().out
+    assert "2 clips of 24 tokens, 1 at a time" in printed and "2 videos of 21 frames" in printed
+    assert math.isfinite(float(printed.split(" TFLOP/s")[0].rpartition(", ")[2]))

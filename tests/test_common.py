@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from worlds import torchrun
+from worlds import call, umask
 
 import common
 
@@ -78,15 +77,10 @@ common.run(main, Flags, "a script")
 def test_an_error_is_a_line_and_one_process_is_a_group(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-
-    def run(*args, ranks=1):
-        env = {**os.environ, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([*torchrun(ranks), script, *args], capture_output=True, text=True, env=env)
-        return done.returncode, done.stdout, done.stderr
-    assert run() == (1, "", "script.py: 7 is not a multiple of 4; use 8\n")
+    done = call(script, code=1)
+    assert (done.stdout, done.stderr) == ("", "script.py: 7 is not a multiple of 4; use 8\n")
     for ranks in (1, 2):
-        code, said, complaint = run("--what", "start", ranks=ranks)
-        assert (code, said) == (0, f"rank 0 of {ranks} on cpu\n"), complaint
+        assert call(script, "--what", "start", ranks=ranks).stdout == f"rank 0 of {ranks} on cpu\n"
 
 
 def test_seeds_are_functions_of_names():
@@ -109,11 +103,8 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("mask,mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_file_modes_follow_the_umask(mask, mode, tmp_path):
-    before = os.umask(mask)
-    try:
+    with umask(mask):
         common.save_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2).expand(3, 2)}, note="\u00e9")
-    finally:
-        os.umask(before)
     assert os.stat(tmp_path / "t.safetensors").st_mode & 0o777 == mode
     with safe_open(tmp_path / "t.safetensors", "pt") as f:
         assert f.metadata() == {"json": '{"note": "\u00e9"}'} and f.get_tensor("x").shape == (3, 2)

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from worlds import read_video, umask
 
 import common
 import data
@@ -70,12 +70,12 @@ def make(path, rate=16, count=40, times=None, images=None, gop=12, codec=None, r
 
 
 def shown(times, count, fps=16, start=0, early=0):
-    """Sample-and-hold, said as plainly as possible."""
+    """Sample-and-hold by its definition: the last frame that has begun at each instant."""
     instants = [Fraction(start + i, fps) for i in range(count)]
     return [max(n for n, t in enumerate(times) if t - times[0] <= instant + early) for instant in instants]
 
 
-# ----------------------------------------------------------------------------------------- videos in
+# -------------------------------------------------------------------------------------------- videos in
 
 RATES = [16, Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 50, 60]
 
@@ -104,7 +104,8 @@ def test_variable_frame_rate(tmp_path):
 
 
 def test_every_seek_is_exact_and_decodes_no_more_than_a_gop(tmp_path, monkeypatch):
-    decoded, decode_from = [], data.decode_from
+    decoded = []
+    decode_from = data.decode_from
     monkeypatch.setattr(data, "decode_from", lambda *a: (decoded.append(0) or f for f in decode_from(*a)))
     for suffix in ("mp4", "mkv", "mov", "avi"):
         video = data.probe(make(tmp_path / f"a.{suffix}", 32, 200))
@@ -168,8 +169,7 @@ def test_slow_videos_are_refused(tmp_path):
 
 def test_long_videos_stream(tmp_path):
     video = data.probe(make(tmp_path / "a.mp4", Fraction(30000, 1001), 100))
-    frames = data.read_frames(video)
-    assert numbers(torch.stack(list(frames))) == list(range(100))
+    assert numbers(read_video(video.path)) == list(range(100))
     half = torch.stack(list(data.read_frames(video, fps=15)))
     times = [n * Fraction(1001, 30000) for n in range(100)]
     assert numbers(half) == shown(times, 51, 15)  # 3.337 s * 15 = 50.05
@@ -185,7 +185,7 @@ def quadrants(height, width):
     return image
 
 
-def close(frame, image, tolerance=6):
+def looks_like(frame, image, tolerance=6) -> bool:
     """Equal but for what h264 and chroma at half resolution do around edges."""
     wrong = (frame.permute(1, 2, 0).int() - torch.from_numpy(image.copy()).int()).abs() > tolerance
     return wrong.float().mean() < 0.08
@@ -196,10 +196,10 @@ def test_phone_videos_are_turned_upright(tmp_path, rotation, quarter):
     image, upright = quadrants(128, 192), np.rot90(quadrants(128, 192), quarter)
     video = data.probe(make(tmp_path / "a.mp4", images=[image] * 20, rotation=rotation))
     assert (video.height, video.width) == upright.shape[:2]
-    assert close(data.read_clip(video, 1, 16)[0], upright)
+    assert looks_like(data.read_clip(video, 1, 16)[0], upright)
     wide = data.read_clip(video, 1, 16, size=(80, 40))[0]
     lying = quadrants(80, 40) if quarter % 2 else quadrants(40, 80)
-    assert wide.shape == (3, 40, 80) and close(wide, np.rot90(lying, quarter))
+    assert wide.shape == (3, 40, 80) and looks_like(wide, np.rot90(lying, quarter))
 
 
 @pytest.mark.parametrize("source, size", [((64, 96), (48, 32)), ((96, 64), (48, 32)), ((33, 75), (50, 70))])
@@ -221,20 +221,20 @@ def test_resize_covers_and_crops_about_the_centre(tmp_path, source, size):
 def test_wide_pixels_are_shown_wide(tmp_path):
     video = data.probe(make(tmp_path / "a.mp4", images=[quadrants(64, 64)] * 20, aspect=Fraction(3, 2)))
     assert (video.width, video.height) == (96, 64)
-    assert close(data.read_clip(video, 1, 16)[0], quadrants(64, 96))
+    assert looks_like(data.read_clip(video, 1, 16)[0], quadrants(64, 96))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_an_image_is_a_video_of_one_frame(tmp_path, suffix):
     av.VideoFrame.from_ndarray(quadrants(64, 96), format="rgb24").save(str(tmp_path / f"a.{suffix}"))
     image = data.read_image(tmp_path / f"a.{suffix}", size=(48, 32))
-    assert image.shape == (1, 3, 32, 48) and close(image[0], quadrants(32, 48), 12)
+    assert image.shape == (1, 3, 32, 48) and looks_like(image[0], quadrants(32, 48), 12)
     (tmp_path / f"a.{suffix}").write_bytes((tmp_path / f"a.{suffix}").read_bytes()[:20])
     with pytest.raises(common.UserError, match=f"a.{suffix} cannot be read"):
         data.read_image(tmp_path / f"a.{suffix}")
 
 
-# ----------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------- bad input
 
 def sound_only(path):
     with av.open(str(path), "w") as container:
@@ -303,7 +303,7 @@ def test_cover_art_is_not_a_video(tmp_path):
         data.probe(tmp_path / "a.mp4")
 
 
-# ---------------------------------------------------------------------------------------- videos out
+# ------------------------------------------------------------------------------------------- videos out
 
 def test_float_and_uint8_are_inverse():
     levels = torch.arange(256, dtype=torch.uint8)
@@ -320,7 +320,7 @@ def test_written_videos_keep_frames_rate_and_colours(tmp_path, fps):
     assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes(), "else its bytes now and then differ"
     video = data.probe(tmp_path / "a.mp4")
     assert video.fps == Fraction(fps).limit_denominator(1001) and video.frames == 50
-    read = torch.stack(list(data.read_frames(video)))
+    read = read_video(video.path)
     assert numbers(read) == list(range(50))
     assert (read.float() - frames).abs().mean() < 2
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -368,7 +368,8 @@ def test_tags_come_back(tmp_path):
 
 def test_writing_streams(tmp_path):
     """A long video must never be held whole: most pieces are encoded before the last is made."""
-    alive, most = set(), 0
+    alive = set()
+    most = 0
 
     def pieces():
         nonlocal most
@@ -431,7 +432,7 @@ def test_film_strip_places_every_frame(tmp_path):
     assert torch.equal(strip.int(), expected.expand(3, -1, -1).int())
 
 
-# ------------------------------------------------------------------------------------------ captions
+# --------------------------------------------------------------------------------------------- captions
 
 NAMES = ["plain.mp4", "plain.mov", "a/b.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4", "a'b\".MP4",
          "gr\u00fcn/\u901f\u3044.mkv", "a.b.mp4", "x" * 150 + ".mp4", "x" * 151 + ".mp4",
@@ -534,14 +535,14 @@ def test_bad_folders_and_lists(tmp_path):
     assert data.find_clips(tmp_path / "d")[0].caption == "a caption"
 
 
-# ------------------------------------------------------------------------------------ the clip store
+# --------------------------------------------------------------------------------------- the clip store
 
 def entry(n, kind="seed", **more):
     return {"id": f"c{n}", "file": f"clips/c{n}.safetensors", "prompt": f"number {n}", "kind": kind,
             "round": 0, "source": f"c{n}.mp4"} | more
 
 
-def fill_store(folder, n=4, **more):
+def numbered_store(folder, n=4, **more):
     folder.mkdir(exist_ok=True)
     for i in range(n):
         data.write_clip(folder, f"c{i}", torch.full((3, 4, 2, 2), float(i)),
@@ -551,7 +552,7 @@ def fill_store(folder, n=4, **more):
 
 
 def test_store_round_trip(tmp_path):
-    clips = fill_store(tmp_path / "agg_0")
+    clips = numbered_store(tmp_path / "agg_0")
     nasty = entry(4, "corrective", prompt='"kind": "seed" \u901f\u3044\n"kind', source='"kind')
     data.write_index(tmp_path / "agg_0", [*clips, nasty])
     meta = {"fps": 16, "size": [832, 480], "command": "prepare.py --data '\u00fc'"}
@@ -596,16 +597,11 @@ def test_a_list_that_is_cut_off_is_refused(tmp_path):
             data.Clips(tmp_path)
 
 
-@pytest.fixture
-def ranks():
-    yield common.start_ranks("cpu")
-    dist.destroy_process_group()
-
-
 def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
     """Begun, gone on with, finished; until then nobody takes it for a store."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", "a b"])
-    folder, prompts = tmp_path / "agg_0", {f"c{i}": f"number {i}" for i in range(20)}
+    folder = tmp_path / "agg_0"
+    prompts = {f"c{i}": f"number {i}" for i in range(20)}
 
     class Encoder:
         seen = []
@@ -649,8 +645,8 @@ def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
 def test_a_store_refers_to_its_neighbours_but_not_beyond_the_root(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
-    fill_store(root / "agg_0")
-    fill_store(tmp_path / "outside")
+    numbered_store(root / "agg_0")
+    numbered_store(tmp_path / "outside")
     (root / "agg_1").mkdir()
     (root / "agg_1" / "sly").symlink_to(tmp_path / "outside")
     (root / "agg_1" / "near").symlink_to(root / "agg_0")
@@ -672,7 +668,7 @@ def test_a_store_refers_to_its_neighbours_but_not_beyond_the_root(tmp_path):
 
 
 def test_damaged_clips_say_so(tmp_path):
-    clips = fill_store(tmp_path / "agg_0", 2)
+    clips = numbered_store(tmp_path / "agg_0", 2)
     cut(data.clip_file(tmp_path / "agg_0", "c0"), 0.9)
     with pytest.raises(common.UserError, match="c0.safetensors is truncated"):
         clips.load(0)
@@ -704,19 +700,17 @@ def test_a_paper_sized_index_opens_fast(tmp_path):
 
 def test_files_are_as_readable_as_the_user_wants(tmp_path):
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
-        folder, before = tmp_path / f"{mask:o}", os.umask(mask)
-        try:
-            fill_store(folder, 1)
+        folder = tmp_path / f"{mask:o}"
+        with umask(mask):
+            numbered_store(folder, 1)
             common.claim(Path(folder, "meta.json"), {})
             data.write_video(folder / "a.mp4", torch.zeros(2, 3, 32, 32), 16)
             data.write_png(folder / "a.png", torch.zeros(3, 8, 8))
-        finally:
-            os.umask(before)
         modes = {p.name: p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}
         assert modes == dict.fromkeys(["c0.safetensors", "index.jsonl", "meta.json", "a.mp4", "a.png"], mode)
 
 
-# --------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------ order
 
 @pytest.mark.parametrize("n", [50, 5, 1])
 def test_order(n):

@@ -6,25 +6,19 @@ from dataclasses import fields
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from worlds import relative, tiny_model
 
 import diffusion
 import model
 import vae as wan_vae
 
-CONFIG = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8,
-                      text_len=6)
 SHAPE = (4, 4, 6)  # a latent frame
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.fixture(scope="module")
 def net():
-    net = model.WanModel(CONFIG).init_weights("sampler").eval()
-    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    return net.requires_grad_(False)
+    net = tiny_model("sampler", num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6)
+    return net.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +37,9 @@ NULL = torch.ones(1, 8) / 3
 
 def stream(net, text, null=NULL, **options):
     """generate, with Sampling's fields among the options."""
-    told = {f.name: options.pop(f.name) for f in fields(diffusion.Sampling) if f.name in options}
-    return diffusion.generate(net, text, null, diffusion.Sampling(**told), **dict(shape=SHAPE) | options)
+    names = {f.name for f in fields(diffusion.Sampling)} & options.keys()
+    sampling = diffusion.Sampling(**{name: options.pop(name) for name in names})
+    return diffusion.generate(net, text, null, sampling, **dict(shape=SHAPE) | options)
 
 
 def run(net, batch=2, **kwargs):
@@ -52,7 +47,7 @@ def run(net, batch=2, **kwargs):
     return torch.cat([latents for _, latents in stream(net, **options)], 1)
 
 
-# ------------------------------------------------------------------------------------------ flow and solvers
+# ------------------------------------------------------------------------------------- flow and solvers
 
 def test_flow_matching_identities():
     x0, noise = torch.randn(2, 2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -97,7 +92,8 @@ def test_unipc_is_diffusers_unipc(steps, shift):
     assert peer.sigmas.tolist() == pytest.approx(sigmas, abs=1e-6)
     g = torch.Generator().manual_seed(0)
     x = theirs = torch.randn(2, 3, 4, generator=g)
-    w, asked = torch.randn(4, 4, generator=g) / 2, []
+    w = torch.randn(4, 4, generator=g) / 2
+    asked = []
 
     def field(x, sigma):
         return torch.tanh(x @ w + sigma) + x
@@ -130,7 +126,7 @@ def test_renoising_draws_by_names(net):
     assert relative(both, run(net, text=text, guidance=1, ids=["a", "b"])) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------ guidance
+# --------------------------------------------------------------------------------------------- guidance
 
 class Linear:
     """Stands for the transformer: v = x / 2 + text + what is cached, its label included."""
@@ -146,14 +142,15 @@ class Linear:
         self.calls.append((tuple(x.shape), t.clone(), start, chunk))
         past = cache[0][0].mean((1, 2, 3, 4)) + cache[0][1].mean(1) / 1000 if start else 0
         cache[start] = (x, t)
-        told = text.sum((1, 2)) + past
-        return 0.5 * x + told.view(-1, 1, 1, 1, 1)
+        offset = text.sum((1, 2)) + past
+        return 0.5 * x + offset.view(-1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("guidance,history,noise", [
     (1, 0, 0), (6, 0, 0), (3, 0, 0.2), (6, 1.2, 0), (6, 1.2, 0.2), (0, 0.5, 0)])
 def test_guidance_is_its_formula(guidance, history, noise):
-    fake, level = Linear(), 0.8
+    fake = Linear()
+    level = 0.8
     context = torch.randn(1, 3, *SHAPE, generator=torch.Generator().manual_seed(5))
     text, null = torch.full((2, 8), 0.1), torch.full((1, 8), 0.2)
     out = run(fake, text=[text], null=null, frames=6, steps=1, shift=8.0, guidance=guidance, context=context,
@@ -162,9 +159,9 @@ def test_guidance_is_its_formula(guidance, history, noise):
     drawn = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "context", 0, 0))[None]
     x = torch.randn(3, *SHAPE, generator=diffusion.rng(3, "noise", 0, 3))[None]
 
-    def v(told, sigma):
+    def v(words, sigma):
         shown = (1 - sigma) * context + sigma * drawn
-        return 0.5 * x + told.sum() + shown.mean() + sigma
+        return 0.5 * x + words.sum() + shown.mean() + sigma
     expected = v(null, noise) + guidance * (v(text, noise) - v(null, noise)) \
         + history * (v(null, level) - v(null, 1.0))
     assert torch.allclose(out[:, 3:], x - expected, atol=1e-4)
@@ -178,12 +175,13 @@ def test_history_guidance_is_nothing_without_history(net):
     assert relative(run(net, frames=6, history=1.2)[:, 3:], run(net, frames=6)[:, 3:]) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
 def without_cache(net, text, frames, steps, guidance, context=None, seed=0, sizes=None, noise=0.0):
     """The same video from full forwards over everything so far, one branch and one sample at a time."""
-    sigmas, out = diffusion.sigma_grid(steps, 8.0), []
+    sigmas = diffusion.sigma_grid(steps, 8.0)
+    out = []
     for i, rows in enumerate(text):
         done = [context[i:i + 1]] if context is not None else []
         sizes_left = list(sizes)
@@ -248,7 +246,8 @@ def test_windows_by_frame_ids():
 
 
 def test_a_slid_window_is_a_fresh_start_from_the_kept_frames(net, monkeypatch):
-    text, rng = prompts(1), diffusion.rng
+    text = prompts(1)
+    rng = diffusion.rng
     video = run(net, text=text, frames=15, window=9, keep=6)
     for begin in (3, 6):  # frame 9 was made in the window that begins at 3, frame 12 in the next
         monkeypatch.setattr(diffusion, "rng", lambda *names, b=begin: rng(*names[:-1], names[-1] + b))
@@ -267,13 +266,16 @@ def test_reentry_through_the_vae(net, vae, reentry, monkeypatch):
             fills.append(x.clone())
         return forward(self, x, t, text, **kwargs)
     monkeypatch.setattr(model.WanModel, "forward", spy)
-    film, pieces, shown = diffusion.Film(vae, 6, reentry), [], []
+    film = diffusion.Film(vae, 6, reentry)
+    pieces = []
+    shown = []
     for _, latents in stream(net, prompts(1), steps=3, frames=12, window=9, keep=6, guidance=1,
                              reenter=film.reenter):
         pieces.append(latents)
         shown.append(film.show(latents))
     out = torch.cat(pieces, 1)
-    kept, video = out[:, 3:9], vae.decode(out)
+    kept = out[:, 3:9]
+    video = vae.decode(out)
     assert [film.shape[1] for film in shown] == [vae.frame_count(3), 6, 6, 6], "decoded as one stream"
     assert relative(torch.cat(shown, 1), video) < 1e-4
     shown = video[:, vae.frame_count(9) - vae.frame_count(6):vae.frame_count(9)]

@@ -4,13 +4,10 @@ import html
 import html.parser
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 import xml.etree.ElementTree
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from worlds import torchrun
+from worlds import ROOT, call, ended, identity, read_video, run_stage, start, wait_until
 
 import data
 import eval_drift
@@ -27,9 +23,6 @@ import metrics
 import report as page
 import toy
 from common import UserError
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-SCRIPT = Path(eval_drift.__file__)
 
 
 def ramp(frames):
@@ -64,18 +57,10 @@ def evaluate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*folders, out="report", **flags):
-        try:
-            status = eval_drift.main(eval_drift.Config(tuple(map(str, folders)), out=str(out), **flags))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        cfg = eval_drift.Config(tuple(map(str, folders)), out=str(out), **flags)
+        status = run_stage(eval_drift, cfg)
         return status, json.loads(Path(out, "summary.json").read_text())
     return run
-
-
-def script(*args, ranks=1):
-    command = [*torchrun(ranks), str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True)
 
 
 # ----------------------------------------------------------------------------------------- the formulas
@@ -328,13 +313,15 @@ def test_pieces_do_not_matter(videos, evaluate, monkeypatch):
         assert a["metrics"].keys() == b["metrics"].keys() >= {"flicker", "local_contrast", *toy.READINGS}
         for name, row in a["metrics"].items():
             numbers = (np.array([*of.values()], float) for of in (row, b["metrics"][name]))
-            np.testing.assert_allclose(*numbers, 0, 1e-4 * (name in toy.READINGS), err_msg=name)
+            tolerance = 1e-4 if name in toy.READINGS else 0
+            np.testing.assert_allclose(*numbers, 0, tolerance, err_msg=name)
 
 
 def test_nothing_is_scored_twice(videos, evaluate, monkeypatch):
     """Neither in a second run, nor under another name; what is asked for later is added."""
     _, first = evaluate(videos / "kept")
-    scored, pieces = [], eval_drift.pieces
+    scored = []
+    pieces = eval_drift.pieces
     monkeypatch.setattr(eval_drift, "pieces", lambda job: scored.append(job) or pieces(job))
     before = Path("report/summary.json").read_bytes()
     evaluate(videos / "kept")
@@ -354,9 +341,9 @@ def test_nothing_is_scored_twice(videos, evaluate, monkeypatch):
 @pytest.fixture(scope="module")
 def whole(videos, tmp_path_factory):
     """An uninterrupted run's folder, and its arguments."""
-    out, args = tmp_path_factory.mktemp("whole") / "report", [videos / "kept", videos / "drifted", "--toy"]
-    done = script(*args, "--out", out)
-    assert done.returncode == 0, done
+    out = tmp_path_factory.mktemp("whole") / "report"
+    args = [videos / "kept", videos / "drifted", "--toy"]
+    call("eval_drift.py", *args, "--out", out)
     return out, args
 
 
@@ -367,22 +354,19 @@ def same_report(a, b):
 
 def test_killed_and_started_again_it_ends_the_same(whole, tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *map(str, [SCRIPT, *whole[1], "--out", out])], env=ENV,
-                               stdout=subprocess.DEVNULL)
-    while len(list(out.glob("scores/*.safetensors"))) < 2 and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    made = {p: p.stat().st_mtime_ns for p in out.glob("scores/*.safetensors")}
+    process = start("eval_drift.py", *whole[1], "--out", out, stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(list(out.glob("scores/*.safetensors"))) >= 2, process)
+    process.kill()
+    ended(process, -signal.SIGKILL)
+    made = {p: file for p, file in identity(out / "scores").items() if p.suffix == ".safetensors"}
     assert 2 <= len(made) < 6 and not (out / "summary.json").exists(), "killed too late to show anything"
-    assert script(*whole[1], "--out", out).returncode == 0
-    assert all(p.stat().st_mtime_ns == when for p, when in made.items()), "scored again"
+    call("eval_drift.py", *whole[1], "--out", out)
+    assert made.items() <= identity(out / "scores").items(), "scored again"
     same_report(out, whole[0])
 
 
 def test_ranks_write_the_same_report(whole, tmp_path):
-    done = script(*whole[1], "--out", tmp_path / "two", ranks=2)
-    assert done.returncode == 0, done
+    call("eval_drift.py", *whole[1], "--out", tmp_path / "two", ranks=2)
     same_report(tmp_path / "two", whole[0])
 
 
@@ -396,8 +380,7 @@ def test_the_distance_to_real_frames(evaluate, tmp_path):
     distances = summary["frechet"]["fake"]
     assert len(distances) == 5 and distances[4] > 2 * distances[0] > 0
     stored = [eval_drift.read_scores(file)[0]["frechet"] for file in Path("report/scores").iterdir()]
-    frames = torch.stack(list(data.read_frames(data.probe("fake/0.mp4"))))
-    expected = metrics.frechet_features(frames[::3])
+    expected = metrics.frechet_features(read_video("fake/0.mp4")[::3])
     assert len(stored) == 20 and {rows.shape for rows in stored} == {expected.shape}
     assert any(torch.allclose(rows, expected, atol=1e-5) for rows in stored), "frames 0, 3, ... 60"
     assert "frechet" not in summary["mean"]["fake"] and "| fake " in Path("report/table.md").read_text()
@@ -456,7 +439,8 @@ def test_a_vbench_file_that_does_not_fit(videos, evaluate, given, reason):
 # -------------------------------------------------------------------------------------------- bad input
 
 def bad(folder: Path, what: str) -> Path:
-    path, video = folder / "bad.mp4", toy.render(toy.draw_world("bad", 0), 41)
+    path = folder / "bad.mp4"
+    video = toy.render(toy.draw_world("bad", 0), 41)
     if what == "size":
         write(path, video.repeat(1, 1, 1, 2))
     elif what == "fps":
@@ -534,8 +518,8 @@ def test_folders_that_cannot_be_scored(videos, evaluate, tmp_path):
     with pytest.raises(UserError, match="--model and --data go together"):
         evaluate(videos / "kept", model=("m",))
     (tmp_path / "file").write_text("")
-    done = script(videos / "kept", "--out", tmp_path / "file" / "report")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "file" in done.stderr
+    errors = call("eval_drift.py", videos / "kept", "--out", tmp_path / "file" / "report", code=1).stderr
+    assert errors.count("\n") == 1 and "file" in errors
 
 
 def test_where_a_prompt_comes_from(evaluate, tmp_path):
@@ -552,7 +536,7 @@ def test_where_a_prompt_comes_from(evaluate, tmp_path):
 
 
 def test_the_prompts_for_evaluation():
-    prompts = (SCRIPT.parent / "prompts.txt").read_text().splitlines()
+    prompts = (ROOT / "prompts.txt").read_text().splitlines()
     assert len(prompts) == 32 == len({p[:20] for p in prompts})
     assert all(60 < len(p) < 160 and p.endswith(".") and p.isascii() for p in prompts)
 

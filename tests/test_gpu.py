@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from worlds import relative
 
 import model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CONFIG = model.Config(dim=512, ffn_dim=1024, num_heads=4, num_layers=2, text_dim=64, text_len=32)
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def wan(dtype=torch.float32, compute=None):

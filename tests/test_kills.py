@@ -4,13 +4,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from worlds import ended, start, tree
 
-ROOT = Path(__file__).parent.parent
 SAMPLING = "--steps 2 --guidance 3 --batch 3 "  # batches that a kill finds half done
 STAGES = {
     "toy.py": "--clips 10 --starts 7",
@@ -25,44 +23,39 @@ STAGES = {
 TIMED = ("log.jsonl", ".metadata", ".distcp")  # times of steps; DCP's own files, in which order varies
 
 
-def start(stage, folder):
-    return subprocess.Popen([sys.executable, str(ROOT / stage), *STAGES[stage].split()], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "2"}, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def begin(stage, folder):
+    return start(stage, *STAGES[stage].split(), cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
-def finish(stage, folder):
-    process = start(stage, folder)
-    _, errors = process.communicate()
-    assert process.returncode == 0, f"{stage}: {errors}"
-
-
-def tree(folder) -> dict:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and not p.name.endswith(TIMED)}
+def bytes_of(folder) -> dict:
+    return {name: content for name, content in tree(folder).items() if not name.endswith(TIMED)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1))
 def test_three_kills_of_every_stage(tmp_path, seed):
-    run, chance, took, kills = tmp_path / "run", random.Random(seed), {}, 0
+    run = tmp_path / "run"
+    chance = random.Random(seed)
+    took = {}
+    kills = 0
     run.mkdir()
     for stage in STAGES:
         began = time.monotonic()
-        finish(stage, run)
+        ended(begin(stage, run))
         took[stage] = time.monotonic() - began
-    expected = tree(run)
+    expected = bytes_of(run)
     run.rename(tmp_path / "whole")
     run.mkdir()
     for stage in STAGES:
         for part in (0.35, 0.6, 0.85):  # what was done is kept, so that later ones may find it finished
-            process = start(stage, run)
+            process = begin(stage, run)
             time.sleep(chance.uniform(0.8, 1.1) * part * took[stage])
-            kills += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            if process.poll() is None:
+                kills += 1
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-        finish(stage, run)
-    again = tree(run)
+        ended(begin(stage, run))
+    again = bytes_of(run)
     assert again.keys() == expected.keys(), "also: nothing is left of what was killed"
     assert [name for name in again if again[name] != expected[name]] == []
     assert kills >= 14, f"only {kills} of 21 kills met a running process"

@@ -2,61 +2,14 @@
 
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from worlds import assert_close, blank, call_text, curves_of, digest, levels, noise, pan, shifted, texture
 
 import metrics
 from common import UserError, rng
-
-
-def noise(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=rng("noise", *shape), dtype=dtype)
-
-
-def close(a, b, tolerance):
-    assert a.shape == b.shape
-    worst = (a - b).abs().max().item()
-    assert worst <= tolerance, f"off by {worst:.1e}, of up to {b.abs().max().item():.1e}"
-
-
-def texture(height, width):
-    """Pink noise on a torus, colours and all: [3,H,W] in about 0..1. In float64: float32 leaves a few pixels
-    so near the border of two grey levels that it takes the CPU's rounding to tell which they get."""
-    spectrum = torch.fft.rfft2(noise(3, height, width, dtype=torch.float64))
-    y = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64)[:, None]
-    x = torch.fft.rfftfreq(width, 1 / width, dtype=torch.float64)
-    spectrum = spectrum / torch.hypot(y, x).clamp(min=2) ** 1.2
-    pink = torch.fft.irfft2(spectrum, s=(height, width))
-    shared = pink.mean(0, keepdim=True)
-    mixed = shared / shared.std() + 0.4 * pink / pink.std()
-    return 0.5 + 0.13 * mixed
-
-
-def shifted(image, x):
-    """image moved to the right by x pixels, not necessarily whole ones."""
-    phase = torch.exp(-2j * math.pi * x * torch.fft.rfftfreq(image.shape[-1], dtype=image.dtype))
-    return torch.fft.irfft(torch.fft.rfft(image) * phase, n=image.shape[-1])
-
-
-def levels(video):
-    return (video * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def pan(frames, speed=1.5, height=128, width=160):
-    image = texture(height, width)
-    return levels(torch.stack([shifted(image, speed * t) for t in range(frames)]))
-
-
-def run(scorer, video, pieces=None, fps=16):
-    scorer.start(fps, len(video))
-    for piece in video.split(pieces or len(video)):
-        scorer.add(piece)
-    return scorer.finish()
 
 
 def free(video, *names, stride=1, **options):
@@ -64,15 +17,9 @@ def free(video, *names, stride=1, **options):
     assert not missing
     curves = {}
     for scorer in scorers:
-        curves |= run(scorer, video)
+        curves |= curves_of(scorer, video)
     assert set(curves) == set(names)
     return curves
-
-
-def digest(x):
-    """A few numbers that tell one result from another."""
-    x = x.double().flatten()
-    return [x.mean().item(), x.std().item(), *x[::len(x) // 6 + 1].tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -85,7 +32,7 @@ def test_pieces_change_nothing_in_the_weight_free(stride):
     whole = free(video, *names, stride=stride, batch=3)
     for pieces in (1, 2, 5):
         for scorer in metrics.open_scorers(names, stride=stride, batch=3)[0]:
-            for name, curve in run(scorer, video, pieces).items():
+            for name, curve in curves_of(scorer, video, pieces).items():
                 assert np.array_equal(curve.value, whole[name].value), name
                 assert np.array_equal(curve.frame, whole[name].frame), name
     assert whole["contrast"].frame.tolist() == list(range(0, 11, stride))
@@ -100,7 +47,7 @@ def test_pieces_change_nothing_in_the_weight_free(stride):
 def test_a_scorer_takes_one_video_after_another_and_its_own_copy():
     video, other = pan(6, height=32, width=32), pan(5, 0.0, 32, 32)
     [scorer], _ = metrics.open_scorers(["motion"], stride=1)
-    first, second = run(scorer, video)["motion"], run(scorer, other)["motion"]
+    first, second = (curves_of(scorer, clip)["motion"] for clip in (video, other))
     assert first.total > 1 and second.total == 0 and len(second.value) == 4
     scorer.start(16)
     buffer = torch.empty_like(video[:1])
@@ -122,22 +69,20 @@ def test_memory_is_that_of_a_batch():
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_801_frames():
-    script = '''
-import resource, torch, metrics
-torch.set_num_threads(1)
-scorers, _ = metrics.open_scorers([*metrics.FREE, *metrics.OPTIONAL])
-for scorer in scorers:
-    scorer.start(16)
-for piece in range(100):
-    frames = torch.randint(0, 256, (8, 3, 480, 832), dtype=torch.uint8)
-    for scorer in scorers:
-        scorer.add(frames)
-    if piece in (19, 99):
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-'''
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(metrics.__file__).parent, check=True,
-                          capture_output=True, text=True)
-    early, late = map(int, done.stdout.split())
+    printed = call_text("""
+        import resource, torch, metrics
+        torch.set_num_threads(1)
+        scorers, _ = metrics.open_scorers([*metrics.FREE, *metrics.OPTIONAL])
+        for scorer in scorers:
+            scorer.start(16)
+        for piece in range(100):
+            frames = torch.randint(0, 256, (8, 3, 480, 832), dtype=torch.uint8)
+            for scorer in scorers:
+                scorer.add(frames)
+            if piece in (19, 99):
+                print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        """)
+    early, late = map(int, printed.split())
     assert late - early < 50, f"{early} MB after 160 frames, {late} MB after 800"
 
 
@@ -166,14 +111,10 @@ def stub(curve, window, values, names=("x",)):
                           curve, window, "cpu", 4)
 
 
-def blank(frames, height=8, width=8):
-    return torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-
-
 def test_consistency_of_known_cosines():
     angles = torch.tensor([0.0, 30.0, 90.0, 200.0]).deg2rad()
     features = torch.stack((angles.cos(), angles.sin()), 1) * torch.tensor([[1.0], [7.0], [0.1], [3.0]])
-    curve = run(stub(metrics.consistency_curve, metrics.singles, features), blank(4))["x"]
+    curve = curves_of(stub(metrics.consistency_curve, metrics.singles, features), blank(4))["x"]
     cos30, cos60 = math.cos(math.radians(30)), math.cos(math.radians(60))
     expected = [cos30, cos60 / 2, 0]  # negative cosines count as 0
     np.testing.assert_allclose(curve.value, expected, atol=1e-6)
@@ -271,7 +212,8 @@ def blurred(image, sigma):
 def drifting(defect, frames=40):
     image = texture(128, 160)
     grey = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
-    video, x = [], 0.0
+    video = []
+    x = 0.0
     for t in range(frames):
         bad = t / (frames - 1)
         x += 1.5 * (1 - bad if defect == "freeze" else 1)
@@ -350,7 +292,7 @@ def test_frechet_features_see_drift():
     clean = torch.stack([levels(shifted(image, 3.7 * j)) for image in textures for j in range(5)])
     features = metrics.frechet_features(clean)
     assert features.shape == (50, 336) and (features >= 0).all()
-    close(metrics.frechet_features(clean[[17, 20]]), features[[17, 20]], 1e-5)
+    assert_close(metrics.frechet_features(clean[[17, 20]]), features[[17, 20]], 1e-5)
     # the same filters for ever, so that reports can be compared
     assert digest(features[:1]) == pytest.approx(
         [0.056216, 0.0185202, 0.0558638, 0.0554556, 0.0791133, 0.0396371, 0.0447861, 0.0407929], rel=1e-4)

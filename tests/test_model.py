@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
+from worlds import call, call_text, relative
 
 import model
 from common import UserError
@@ -38,17 +38,13 @@ def inputs(frames=9, height=4, width=6, batch=2, config=TINY, seed=1):
     return x, torch.randn(batch, 5, config.text_dim, generator=g), T[:, :frames].repeat(batch, 1)
 
 
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 @pytest.fixture(autouse=True)
 def no_grad(request):
     with torch.set_grad_enabled("grad" in request.node.name):
         yield
 
 
-# ------------------------------------------------------------------------------------------ parity
+# ----------------------------------------------------------------------------------------------- parity
 
 def diffusers_peer(config):
     torch.manual_seed(0)
@@ -133,7 +129,7 @@ def test_published_sizes():
         assert (sum(v.numel() for v in state.values()), len(state)) == (parameters, tensors)
 
 
-# ------------------------------------------------------------------------------------------ masks
+# ------------------------------------------------------------------------------------------------ masks
 
 def dense_mask(sizes, per_frame, teacher=False):
     """From the words of the definition, pair by pair. Teacher forcing keeps the clean half whole."""
@@ -242,11 +238,12 @@ def test_bad_chunks_are_refused():
             tiny()(x, t, text, chunk=chunk)
 
 
-# ------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------ cache
 
 def roll(net, x, t, text, sizes, cache=None):
     cache = cache or net.new_cache(x.shape[0], x.shape[1], *x.shape[-2:])
-    start, out = 0, []
+    start = 0
+    out = []
     for size in sizes:
         part = slice(start, start + size)
         out.append(net(x[:, part], t[:, part], text, chunk=(size,), cache=cache, start=start))
@@ -288,7 +285,8 @@ def test_teacher_forcing_is_a_rollout_over_clean_history():
     clean = inputs(seed=2)[0]
     for sizes in ((3, 3, 3), (1, 3, 3, 2)):
         parallel = net(x, t, text, chunk=sizes, clean=clean)
-        cache, start = net.new_cache(2, 9, 4, 6), 0
+        cache = net.new_cache(2, 9, 4, 6)
+        start = 0
         for size in sizes:
             part = slice(start, start + size)
             v = net(x[:, part], t[:, part], text, chunk=(size,), cache=cache, start=start)
@@ -302,18 +300,19 @@ def test_teacher_forcing_is_a_rollout_over_clean_history():
 
 def test_rope_counts_from_start():
     """A later start is the same rotation, further on: scores depend on distances alone."""
-    here, there = (model.rope_table(32, start, 3, 2, 3, torch.device("cpu")) for start in (0, 5))
-    assert torch.equal(model.rope_table(32, 0, 8, 2, 3, torch.device("cpu"))[:, 5:], there)
+    near, far = (model.rope_table(32, start, 3, 2, 3, torch.device("cpu")) for start in (0, 5))
+    assert torch.equal(model.rope_table(32, 0, 8, 2, 3, torch.device("cpu"))[:, 5:], far)
     q, k = torch.randn(2, 1, 3, 6, 2, 32)
-    scores = [torch.einsum("bfsnd,bgsnd->bfg", model.rotate(q, r), model.rotate(k, r)) for r in (here, there)]
+    scores = [torch.einsum("bfsnd,bgsnd->bfg", model.rotate(q, r), model.rotate(k, r)) for r in (near, far)]
     assert relative(*scores) < 1e-5
     angle = 2 * 10000 ** (-2 * 3 / 12)  # frame 2, pair 3 of the 6 that time has of 16
-    assert torch.allclose(here[:, 2, 0, 0, 3], torch.tensor([angle, angle]).double().cos_().float()
+    assert torch.allclose(near[:, 2, 0, 0, 3], torch.tensor([angle, angle]).double().cos_().float()
                           * torch.tensor([1.0, 0]) + torch.tensor([0, torch.sin(torch.tensor(angle))]))
 
 
 def test_the_prompt_is_projected_once_and_replaced_when_it_changes(monkeypatch):
-    net, calls = tiny(), []
+    net = tiny()
+    calls = []
     monkeypatch.setattr(net, "context", lambda text: calls.append(1) or model.WanModel.context(net, text))
     x, text, t = inputs(frames=3)
     cache = net.new_cache(2, 3, 4, 6)
@@ -368,7 +367,7 @@ def test_bad_inputs_are_refused(bad, message):
         tiny()(**(dict(x=x, t=t, text=text) | bad))
 
 
-# ------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------- training
 
 def test_checkpointing_keeps_the_grad_and_the_cache_has_none():
     x, text, t = inputs()
@@ -392,8 +391,10 @@ def test_tables_made_in_inference_mode_serve_grad():
 
 
 def test_compiled_blocks_agree():
-    net, x = tiny(), inputs()
-    expected, cached = net(x[0], x[2], x[1]), roll(net, x[0], x[2], x[1], (3, 3, 3))[0]
+    net = tiny()
+    x, text, t = inputs()
+    expected = net(x, t, text)
+    cached, _ = roll(net, x, t, text, (3, 3, 3))
     torch._dynamo.reset()
     counter = CompileCounter()
     torch_compile = torch.compile
@@ -402,14 +403,14 @@ def test_compiled_blocks_agree():
         net.compile_blocks()
     finally:
         torch.compile = torch_compile
-    assert torch.equal(net(x[0], x[2], x[1]), expected)
+    assert torch.equal(net(x, t, text), expected)
     graphs = counter.frame_count
-    chunks, _ = roll(net, x[0], x[2], x[1], (3, 3, 3))
+    chunks, _ = roll(net, x, t, text, (3, 3, 3))
     assert torch.equal(chunks, cached)
     assert counter.frame_count <= graphs + 2, "each chunk of a rollout must run the same two graphs"
 
 
-# ------------------------------------------------------------------------------------------ on disk
+# ---------------------------------------------------------------------------------------------- on disk
 
 def assert_same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -436,7 +437,8 @@ def test_saved_directory_is_what_diffusers_converts(tmp_path):
     peer = diffusers_peer(TINY)
     peer.load_state_dict(state)
     x, text, t = inputs(frames=3)
-    text, t = F.pad(text, (0, 0, 0, 3)), torch.full((2, 3), 250.0)
+    text = F.pad(text, (0, 0, 0, 3))
+    t = torch.full((2, 3), 250.0)
     expected = peer(x.transpose(1, 2), t[:, 0], text, return_dict=False)[0].transpose(1, 2)
     assert relative(net(x, t, text, chunk=None), expected) < 1e-5
 
@@ -555,25 +557,20 @@ def test_loading_fp32_as_bf16_holds_little_more_than_bf16(tmp_path):
         shapes = {k: v.shape for k, v in model.WanModel(config).state_dict().items()}
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({k: torch.zeros(s) for k, s in shapes.items()}, path)
-    ratio = float(subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True,
-                                 check=True).stdout)
+    ratio = float(call_text(PEAK, tmp_path))
     print(f"peak while loading: {ratio:.2f} x the bf16 bytes")
     assert ratio < 1.25
 
 
-# ------------------------------------------------------------------------------------------ the script
-
-def script(*args):
-    return subprocess.run([sys.executable, "model.py", *map(str, args)], capture_output=True, text=True)
-
+# ------------------------------------------------------------------------------------------- the script
 
 def test_script_says_what_it_is_and_that_it_is_causal(tmp_path):
     model.save(tiny(), tmp_path)
-    done = script(tmp_path, "--dtype", "float32")
-    assert done.returncode == 0 and "causal: yes" in done.stdout and "float32" in done.stdout, done
-    assert f"{sum(p.numel() for p in tiny().parameters()):,} parameters" in done.stdout
-    done = script(tmp_path / "nothing")
-    assert done.returncode != 0 and "no such file" in done.stderr and "Traceback" not in done.stderr
+    printed = call("model.py", tmp_path, "--dtype", "float32").stdout
+    assert "causal: yes" in printed and "float32" in printed
+    assert f"{sum(p.numel() for p in tiny().parameters()):,} parameters" in printed
+    errors = call("model.py", tmp_path / "nothing", code=1).stderr
+    assert "no such file" in errors and "Traceback" not in errors
 
 
 def test_the_check_catches_a_model_that_is_not_causal(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from worlds import run_stage, tiny_model
 
 import common
 import data
@@ -37,10 +37,7 @@ def world(tmp_path_factory):
                                       for i in range(2)])
     common.claim(Path(root / "agg_0", "meta.json"), {"latents": [21, 16, 4, 4], "wan": str(root / "wan")})
     data.write_text_embedding(root / "agg_0" / "empty.safetensors", torch.zeros(1, 64))
-    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=32)
-    net = model.WanModel(config).init_weights("eval")
-    torch.nn.init.normal_(net.head.head.weight, std=0.05)
-    model.save(net, root / "model")
+    model.save(tiny_model("eval"), root / "model")
     return root
 
 
@@ -52,10 +49,7 @@ def evaluate(tmp_path, monkeypatch):
     data.write_video(Path("videos/0.mp4"), [toy.render(toy.draw_world("eval", 0), 41)], 16)
 
     def run(**flags):
-        try:
-            eval_drift.main(eval_drift.Config(("videos",), **flags))
-        finally:
-            dist.destroy_process_group()
+        run_stage(eval_drift, eval_drift.Config(("videos",), **flags))
         return json.loads(Path("report/summary.json").read_text())["probes"]
     return run
 
@@ -138,7 +132,7 @@ def test_own_minus_real_is_nothing_for_the_exact_model(wrong, sign):
     assert gap.shape == (2, 5) and ((sign * gap[:, 3:] > 8) if sign else (abs(gap) < 3)).all(), gap
 
 
-def test_recovery_counts_chunks(world, monkeypatch):
+def test_recovery_counts_chunks(world, ranks, monkeypatch):
     """By a stand-in for the model that recovers at once, after two chunks, or never."""
     store = data.Clips(world / "agg_0")
     usual = torch.cat([store.load(i)["latents"] for i in range(2)]).float().mean().item()
@@ -152,11 +146,7 @@ def test_recovery_counts_chunks(world, monkeypatch):
     monkeypatch.setattr(probe, "own_minus_real", lambda *args: [[0.0] * 5] * 2)
     monkeypatch.setattr(probe, "statistics", lambda z, video: [[x.mean().item()] * 4 for x in z])
     monkeypatch.setattr(diffusion, "generate", generate)
-    ranks = common.start_ranks("cpu")
-    try:
-        results = probe.probe_model(str(world / "model"), settings(world / "agg_0"), store, [0, 1], ranks)
-    finally:
-        dist.destroy_process_group()
+    results = probe.probe_model(str(world / "model"), settings(world / "agg_0"), store, [0, 1], ranks)
     recovery = results["recovery"]
     assert [row["chunks"] for row in recovery.values()] == [1, 3, 10, 10]
     assert recovery["untouched"]["within"] == [1] * 9 and recovery["saturated"]["within"] == [0, 0] + [1] * 7

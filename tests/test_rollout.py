@@ -1,25 +1,20 @@
-"""Stage 2: its picks, what it makes of a clip, that ranks, batches and kills leave no trace, its refusals."""
+"""Stage 2: which clips it picks, the rollouts, that ranks, batches and kills change nothing, refusals."""
 
-import errno
 import functools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+import worlds
 from safetensors.torch import load_file
-from worlds import torchrun
+from worlds import refused, tree
 
 import common
 import data
@@ -30,8 +25,6 @@ import toy
 import vae as wan_vae
 from common import UserError
 
-SCRIPT = Path(rollout.__file__)
-PROMPTS = ("A disc moving left", "A ring moving up", "A square moving down", "A triangle moving right")
 FRAMES = 9  # latent: a real chunk and two to make
 SEEDS = 7
 
@@ -41,28 +34,15 @@ def world(tmp_path_factory):
     """wan/, model/ that names it, and agg_0/ with 7 seed clips of noise and 2 corrective ones in between."""
     root = tmp_path_factory.mktemp("world")
     toy.make_wan(root / "wan")
-    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=8)
-    net = model.WanModel(config).init_weights("rollout")
-    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=common.rng("head"))
-    model.save(net, root / "model", wan="../wan")
+    model.save(worlds.tiny_model("rollout", text_len=8), root / "model", wan="../wan")
     fill(root / "agg_0", root / "wan")
     return root
 
 
 def fill(folder, wan, frames=FRAMES, channels=16, text_dim=64, kinds="scsssscss"):
-    g, entries = common.rng("clips"), []
-    for i, kind in enumerate(kinds):
-        id, prompt = f"clip{i}", PROMPTS[i % 4]
-        latents, text = (torch.randn(*shape, generator=g) for shape in
-                         [(frames, channels, 4, 4), (3 + i % 4, text_dim)])
-        data.write_clip(folder, id, latents, text, prompt, f"{id}.mp4")
-        entries.append({"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "round": 0,
-                        "kind": {"s": "seed", "c": "corrective"}[kind], "source": f"{id}.mp4"})
-    data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=g))
-    common.claim(Path(folder, "meta.json"), {
-        "latents": [frames, channels, 4, 4], "width": 32, "height": 32, "frames": 4 * frames - 3, "fps": 16,
-        "wan": str(wan), "vae": common.fingerprint(*wan_vae.find(wan)[0]), "t5": "t5", "seed": 0})
-    data.write_index(folder, entries)
+    kinds = [{"s": "seed", "c": "corrective"}[kind] for kind in kinds]
+    worlds.fill_store(folder, kinds, (frames, channels, 4, 4), text_dim, wan=str(wan),
+               vae=common.fingerprint(*wan_vae.find(wan)[0]), t5="t5")
 
 
 @pytest.fixture
@@ -72,32 +52,18 @@ def make(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rollout.py", "--made", "by a test"])
 
     def run(**flags):
-        cfg = config(world, **flags)
-        try:
-            rollout.main(cfg)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return Path(cfg.out)
+        flags = dict(model=str(world / "model"), data=str(world / "agg_0"), out="rollout_0", count=5, steps=2,
+                     held_out=0, previews=0, device="cpu") | flags
+        worlds.run_stage(rollout, rollout.Config(**flags))
+        return Path(flags["out"])
     return run
 
 
-def config(world, **flags):
-    own = dict(model=str(world / "model"), data=str(world / "agg_0"), out="rollout_0", count=5, steps=2,
-               held_out=0, previews=0, device="cpu")
-    return rollout.Config(**own | flags)
-
-
-def tree(folder) -> dict:
-    """Every file's bytes, hidden ones too, and every folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
-            for p in sorted(Path(folder).rglob("*"))}
-
-
-# ----------------------------------------------------------------------------------------- what it makes
+# ----------------------------------------------------------------------------------- the store it makes
 
 def test_a_rollout_is_a_real_chunk_and_what_the_model_makes_of_it(world, make):
-    out, clips = make(round=3, seed=5, guidance=2.0), data.Clips(world / "agg_0")
+    out = make(round=3, seed=5, guidance=2.0)
+    clips = data.Clips(world / "agg_0")
     seeds = {clip["id"]: i for i, clip in enumerate(clips)}
     net = model.load(world / "model")
     null = data.read_text_embedding(world / "agg_0/empty.safetensors")
@@ -147,7 +113,7 @@ def sources(out):
 
 def test_the_picks(world, make):
     every = sources(make(count=SEEDS, out="all"))
-    assert sorted(every) == [f"clip{i}" for i in (0, 2, 3, 4, 5, 7, 8)], "seed clips, each once"
+    assert sorted(every) == [f"c{i}" for i in (0, 2, 3, 4, 5, 7, 8)], "seed clips, each once"
     assert sources(make(count=None, out="half")) == every[:3], "half of 7"
     assert sources(make(count=5)) == every[:5], "of one order, whatever the count"
     others = [sources(make(count=SEEDS, out=f"{flag}{n}", **{flag: n})) for flag in ("seed", "round")
@@ -191,7 +157,7 @@ def test_the_report(world, make, capsys):
     assert not (make(out="none") / "preview.png").exists()
 
 
-# ----------------------------------------------------------------------------------------- the same again
+# -------------------------------------------------------------- batches, ranks, kills and repeated runs
 
 def test_batches_change_rounding_alone(make):
     alone = data.Clips(make())
@@ -204,12 +170,13 @@ def test_batches_change_rounding_alone(make):
 
 
 def test_a_batch_with_anything_missing_is_made_again_as_a_whole(make, monkeypatch):
-    out, made = make(batch=2), []
+    out = make(batch=2)
+    made = []
     whole = tree(out)
     data.clip_file(out, data.Clips(out)[3]["id"]).unlink()
     roll_out = rollout.roll_out
-    monkeypatch.setattr(rollout, "roll_out", lambda cfg, net, some, null: made.append(
-        [clip["id"] for clip in some]) or roll_out(cfg, net, some, null))
+    monkeypatch.setattr(rollout, "roll_out", lambda cfg, net, clips, null: made.append(
+        [clip["id"] for clip in clips]) or roll_out(cfg, net, clips, null))
     kept = data.clip_file(out, data.Clips(out)[2]["id"])
     time_before = kept.stat().st_mtime_ns
     make(batch=2)
@@ -220,14 +187,12 @@ def test_a_batch_with_anything_missing_is_made_again_as_a_whole(make, monkeypatc
 def test_neighbours_are_found(world, make, tmp_path):
     shutil.copytree(world / "model", "run/model_2")
     shutil.copytree(world / "agg_0", "run/agg_0")
-    done = call("--model", "run/model_2/", "--steps", 1, "--previews", 0, "--held-out", 2,
-                "--wan", world / "wan")
-    assert done.returncode == 0, done.stderr
+    worlds.call("rollout.py", "--model", "run/model_2/", "--steps", 1, "--previews", 0, "--held-out", 2,
+         "--wan", world / "wan")
     made = data.Clips("run/rollout_2")
     assert [clip["round"] for clip in made] == [2] * 3
-    done = call("--model", world / "model", "--data", "run/agg_0")
-    assert done.returncode == 1 and "does not end in a round's number" in done.stderr
-    assert done.stderr.endswith("give --out DIR\n")
+    errors = worlds.call("rollout.py", "--model", world / "model", "--data", "run/agg_0", code=1).stderr
+    assert "does not end in a round's number" in errors and errors.endswith("give --out DIR\n")
 
 
 def test_held_out_clips_are_never_rolled_out(world, make):
@@ -246,53 +211,17 @@ def test_held_out_clips_are_never_rolled_out(world, make):
         make(model="model_0", held_out=None, out="c", count=6)
 
 
-def call(*argv, ranks=1):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("RANK", None)
-    return subprocess.run([*torchrun(ranks), *map(str, [SCRIPT, *argv])], capture_output=True, text=True,
-                          env=environment)
-
-
-def child(world, patch=lambda: None, **flags):
-    """A process of its own that runs rollout.main, after patch(); forked, so that it starts at once."""
-    def target():
-        sys.stdout = open(os.devnull, "w")
-        patch()
-        rollout.main(config(world, **flags))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = multiprocessing.get_context("fork").Process(target=target)
-        process.start()
-    return process
-
-
 def test_torchrun_leaves_no_trace(world, make):
-    alone = tree(make(batch=2, previews=1))
-    told = json.loads(alone.pop("meta.json"))
-    done = call("--model", world / "model", "--data", world / "agg_0", "--out", "two", "--count", 5,
-                "--steps", 2, "--previews", 1, "--batch", 2, "--held-out", 0, ranks=2)
-    assert done.returncode == 0, done.stderr
+    done = worlds.call("rollout.py", "--model", world / "model", "--data", world / "agg_0", "--out", "two",
+                "--count", 5, "--steps", 2, "--previews", 1, "--batch", 2, "--held-out", 0, ranks=2)
     assert "5 of 7 seed clips; 3 to roll out on this rank, the first of 2" in done.stdout
-    made = tree("two")
-    again = json.loads(made.pop("meta.json"))
-    assert made == alone and again.pop("command")[1] == "--model"
-    assert again == {k: v for k, v in told.items() if k != "command"}
+    assert worlds.tree_but_command("two") == worlds.tree_but_command(make(batch=2, previews=1))
+    assert common.read_json("two/meta.json")["command"][1] == "--model"
 
 
 @pytest.mark.parametrize("count,ranks", [(5, 3), (1, 2)])
 def test_ranks_leave_no_trace(world, make, count, ranks):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-
-    def join(rank):
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(port)}
-    processes = [child(world, functools.partial(join, rank), out="shared", count=count, batch=2)
-                 for rank in range(ranks)]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    worlds.fork_ranks(ranks, functools.partial(make, out="shared", count=count, batch=2))
     assert tree("shared") == tree(make(count=count, batch=2))
 
 
@@ -305,11 +234,12 @@ def check_what_is_there(out):
 
 
 def test_killed_before_each_of_its_files(world, make):
-    """Time and again, each time before the second file is in its place: so always one file further."""
+    """Each process dies before its second file is in its place, so each gets one file further."""
     whole = tree(make())
 
     def patch():
-        replaced, replace = [], os.replace
+        replaced = []
+        replace = os.replace
 
         def dying(source, target):
             if len(replaced) == 1:
@@ -317,8 +247,7 @@ def test_killed_before_each_of_its_files(world, make):
             replaced.append(replace(source, target))
         os.replace = dying
     kills = 0
-    while (process := child(world, patch, out="killed")).join() or process.exitcode:
-        assert process.exitcode == -signal.SIGKILL
+    while worlds.dies(patch, functools.partial(make, out="killed")):
         kills += 1
         check_what_is_there("killed")
     assert kills == 6  # meta.json, 5 clips, and index.jsonl is the 7th file
@@ -327,34 +256,31 @@ def test_killed_before_each_of_its_files(world, make):
 
 def test_killed_at_any_time(world, make):
     began = time.monotonic()
-    whole, duration = tree(make(batch=2)), time.monotonic() - began
+    whole = tree(make(batch=2))
+    duration = time.monotonic() - began
     times = random.Random(0)
     for n in range(2):
+        again = functools.partial(make, out=f"killed{n}", batch=2)
         for _ in range(3):
-            process = child(world, out=f"killed{n}", batch=2)
-            time.sleep(times.uniform(0, duration))
-            process.kill()
-            process.join()
+            worlds.fork_and_kill(times.uniform(0, duration), again)
             check_what_is_there(f"killed{n}")
-        assert tree(make(out=f"killed{n}", batch=2)) == whole
+        assert tree(again()) == whole
 
 
 def test_what_is_there_is_not_made_again(make, capsys, monkeypatch):
     out = make()
-    before = tree(out)
-    stamps = {p: p.stat().st_mtime_ns for p in out.glob("clips/*")}
-    lost = sorted(stamps)[1]
+    before, files = tree(out), worlds.identity(out / "clips")
+    lost = sorted(files)[1]
     lost.unlink()
     make()
     assert "5 of 7 seed clips; 1 to roll out\n" in capsys.readouterr().out and tree(out) == before
-    del stamps[lost]
-    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    assert [p for p, file in worlds.identity(out / "clips").items() if files[p] != file] == [lost]
     monkeypatch.setattr(model, "load", None)  # nothing to do: no model is needed
     make()
     assert tree(out) == before
 
 
-# ----------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("flags,message", [
     (dict(seed=1), "seed = 0, not 1"), (dict(count=4), "count = 5, not 4"),
@@ -363,10 +289,9 @@ def test_what_is_there_is_not_made_again(make, capsys, monkeypatch):
     (dict(solver="unipc"), "solver = euler, not unipc"), (dict(round=2), "round = 0, not 2"),
     (dict(dtype="bfloat16"), "dtype = float32, not bfloat16")])
 def test_a_folder_keeps_to_how_it_was_begun(make, flags, message):
-    before = tree(make())
-    with pytest.raises(UserError, match=f"rollout_0 was begun with {message}; choose another --out"):
+    make()
+    with refused(f"rollout_0 was begun with {message}; choose another --out"):
         make(**flags)
-    assert tree("rollout_0") == before
 
 
 def test_another_model_or_other_data_are_told_apart(world, make, tmp_path):
@@ -397,9 +322,8 @@ def test_another_model_or_other_data_are_told_apart(world, make, tmp_path):
 def test_data_that_does_not_fit(world, make, store, message):
     count = store.pop("count", None)
     fill(Path("stores/agg"), world / "wan", **store)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         make(data="stores/agg", count=count)
-    assert not Path("rollout_0").exists()
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -408,9 +332,8 @@ def test_data_that_does_not_fit(world, make, store, message):
     (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0 --steps 2"),
     (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1")])
 def test_refusals(make, flags, message):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         make(**flags)
-    assert not Path("rollout_0").exists()
 
 
 def test_a_store_without_the_empty_prompt(world, make):
@@ -436,8 +359,8 @@ def test_another_vae(world, make, tmp_path):
 
 def test_a_prompt_too_long_for_the_model(world, make):
     fill(Path("agg"), world / "wan", kinds="s")
-    data.write_clip("agg", "clip0", torch.zeros(FRAMES, 16, 4, 4), torch.zeros(9, 64), "long", "clip0.mp4")
-    with pytest.raises(UserError, match="prompt of clip clip0 is 9 tokens; .*model takes 8 at most"):
+    data.write_clip("agg", "c0", torch.zeros(FRAMES, 16, 4, 4), torch.zeros(9, 64), "long", "c0.mp4")
+    with pytest.raises(UserError, match="prompt of clip c0 is 9 tokens; .*model takes 8 at most"):
         make(data="agg", count=1)
 
 
@@ -450,23 +373,15 @@ def test_a_broken_model_does_not_reach_the_data(world, make):
     assert not list(Path("rollout_0/clips").iterdir())
 
 
-def test_a_full_disk_keeps_what_is_done(make, monkeypatch):
-    whole, write, written = tree(make()), data.write_clip, []
-
-    def until_full(*args):
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
-        written.append(write(*args))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "write_clip", until_full)
-        message = "(?s)No space left.*2 finished clips are kept in full.*to continue"
-        with pytest.raises(UserError, match=message):
-            make(out="full")
+def test_a_full_disk_keeps_what_is_done(make):
+    whole = tree(make())
+    with worlds.disk_full_after(2):
+        make(out="full")
     assert not Path("full/index.jsonl").exists()
     assert tree(make(out="full")) == whole
 
 
 def test_the_command_line(world, tmp_path):
-    done = call("--model", tmp_path / "none", "--data", world / "agg_0", "--out", tmp_path / "out")
-    assert done.returncode == 1 and done.stderr.startswith("rollout.py: --model "), done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    errors = worlds.call("rollout.py", "--model", tmp_path / "none", "--data", world / "agg_0",
+                  "--out", tmp_path / "out", code=1).stderr
+    assert errors.startswith("rollout.py: --model ") and len(errors.splitlines()) == 1

@@ -5,15 +5,13 @@ import io
 import itertools
 import json
 import os
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-import torch.distributed as dist
-from worlds import torchrun
+from worlds import call, read_video, run_stage, tiny_model
 
 import common
 import data
@@ -25,7 +23,6 @@ import vae as wan_vae
 from common import UserError
 from data import write_video
 
-SCRIPT = Path(sample.__file__)
 SIZE = 32  # 2 tokens across and down behind a VAE that halves it 3 times
 TINY = dict(steps=1, window=9, keep=6, seconds=0.5, preset="ultrafast")  # 9 frames: one chunk
 
@@ -34,7 +31,8 @@ TINY = dict(steps=1, window=9, keep=6, seconds=0.5, preset="ultrafast")  # 9 fra
 def models(tmp_path_factory):
     """wan/ with a VAE, a text encoder and a tokenizer; model/ that names it, relative to itself."""
     root = tmp_path_factory.mktemp("models")
-    wan, spiece = root / "wan", io.BytesIO()
+    wan = root / "wan"
+    spiece = io.BytesIO()
     (wan / "google/umt5-xxl").mkdir(parents=True)
     corpus = ["a red disc moves left", "a blue ring moves up", "it stops and turns green", "at night"]
     sentencepiece.SentencePieceTrainer.train(
@@ -48,9 +46,7 @@ def models(tmp_path_factory):
     t5.save(encoder, wan / "t5.safetensors")
     vae = wan_vae.WanVAE(8, (1, 1, 1, 1), 1, z_dim=16, latents_mean=[0.1] * 16, latents_std=[1.5] * 16)
     wan_vae.save(vae, wan / "vae.safetensors")
-    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=1, text_dim=64, text_len=32)
-    net = model.WanModel(config).init_weights("sample")
-    torch.nn.init.normal_(net.head.head.weight, std=0.2)
+    net = tiny_model("sample")
     geometry = {"size": f"{SIZE}x{SIZE}", "frames": 81, "fps": 16}
     model.save(net, wan, geometry=geometry)
     model.save(net, root / "model", wan="../wan")
@@ -63,23 +59,15 @@ def make(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(**flags):
-        own = {} if "like" in flags else {"model": str(models / "model")} | TINY
-        flags = own | {"out": "videos"} | flags
-        try:
-            sample.main(sample.Config(**flags))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        recipe = {} if "like" in flags else {"model": str(models / "model")} | TINY
+        flags = recipe | {"out": "videos"} | flags
+        run_stage(sample, sample.Config(**flags))
         return films(flags["out"])
     return run
 
 
 def films(folder) -> dict:
-    return {path.stem: frames(path) for path in sorted(Path(folder).glob("*.mp4"))}
-
-
-def frames(path) -> torch.Tensor:
-    return torch.stack(list(data.read_frames(data.probe(path))))
+    return {path.stem: read_video(path) for path in sorted(Path(folder).glob("*.mp4"))}
 
 
 def write_prompts(*lines, file="prompts.txt") -> str:
@@ -108,7 +96,8 @@ def alike(a: dict, b: dict) -> bool:
 @pytest.fixture
 def spy(monkeypatch):
     """What every call of generate was given and made, and the pieces handed to each file."""
-    calls, pieces = [], {}
+    calls = []
+    pieces = {}
     generate, writing = diffusion.generate, data.writing
 
     def spied_generate(net, text, null, sampling, **kwargs):
@@ -121,7 +110,7 @@ def spy(monkeypatch):
 
     @contextlib.contextmanager
     def spied_writing(path, *args, **kwargs):
-        handed = pieces.setdefault(Path(path).stem, []) if len(args) > 1 else []  # with tags: sample.py's own
+        handed = pieces.setdefault(Path(path).stem, []) if len(args) > 1 else []  # sample.py passes tags
         with writing(path, *args, **kwargs) as write:
             yield lambda piece: handed.append(piece) or write(piece)
     monkeypatch.setattr(diffusion, "generate", spied_generate)
@@ -129,7 +118,7 @@ def spy(monkeypatch):
     return calls, pieces
 
 
-# ----------------------------------------------------------------------------------------- the five uses
+# ------------------------------------------------------------------------ text, image and clip to video
 
 @pytest.mark.parametrize("seconds,begin,count", [
     (5, 0, 81), (50, 0, 801), (81 / 16, 0, 81), (82 / 16, 0, 93), (0.1, 0, 9), (5, 12, 81), (5, 1, 85),
@@ -172,7 +161,7 @@ def test_long_video(make, models, spy):
 def test_extension_keeps_the_given_frames(make, models, spy, have, used):
     calls, pieces = spy
     clip = write_clip(have)
-    given = frames("clip.mp4")[-used:]  # as h264 has kept it
+    given = read_video("clip.mp4")[-used:]  # as h264 has kept it
     [film] = make(prompt="a red disc", extend="clip.mp4", seconds=2).values()
     assert film.shape[0] == 33 and (given.float() - clip[-used:].float()).abs().mean() < 5
     [video] = pieces.values()
@@ -183,17 +172,17 @@ def test_extension_keeps_the_given_frames(make, models, spy, have, used):
 
 def test_extension_resamples_and_crops(make, spy):
     write_clip(48, fps=32)  # 24 frames of 16 fps: every other one
-    twice = frames("clip.mp4")
+    twice = read_video("clip.mp4")
     make(prompt="a red disc", extend="clip.mp4", seconds=2, size="32x16", crf=5)
     [video] = spy[1].values()
     assert torch.equal(video[0], twice[6::2, :, 8:24])
 
 
 def test_lines_may_continue_videos(make, spy):
-    """Each its own, found beside the .jsonl; a line without one begins with nothing."""
+    """Each line its own video, looked up beside the .jsonl; a line without one begins with nothing."""
     Path("more").mkdir()
     write_clip(20, file="more/a.mp4")
-    write_video("more/b.mp4", [255 - frames("more/a.mp4")], 16, crf=8)
+    write_video("more/b.mp4", [255 - read_video("more/a.mp4")], 16, crf=8)
     rows = [{"prompt": "a red disc", "extend": "a.mp4"}, {"prompt": "a red disc", "extend": "b.mp4"},
             {"prompt": "a red disc"}]
     file = write_prompts(*map(json.dumps, rows), file="more/list.jsonl")
@@ -201,7 +190,7 @@ def test_lines_may_continue_videos(make, spy):
     together = make(batch=4, **flags)
     assert [len(call["ids"]) for call in spy[0]] == [2, 1] and spy[0][1]["context"] is None
     for film, clip in zip(together.values(), "ab", strict=False):
-        assert (film[:9].float() - frames(f"more/{clip}.mp4")[-9:].float()).abs().mean() < 6
+        assert (film[:9].float() - read_video(f"more/{clip}.mp4")[-9:].float()).abs().mean() < 6
     alone = make(out="alone", **flags)
     assert same(together, alone)
     again = make(like=f"videos/{list(together)[1]}.mp4", out="again", model=None)
@@ -240,7 +229,7 @@ def test_the_prompt_changes_at_a_slide(make, spy):
         assert off[:slide].max() < 1e-3 < 1e-2 < off[slide:slide + 3].min()
     row = {"prompt": ["a red disc", "a blue ring", "it stops"], "times": [0, 2.5, 3.5]}
     listed = make(prompts=write_prompts(json.dumps(row), file="p.jsonl"), seconds=4, out="listed")
-    assert same(listed, make(prompt="a red disc | 2.5: a blue ring | 3.5:it stops", seconds=4, out="told"))
+    assert same(listed, make(prompt="a red disc | 2.5: a blue ring | 3.5:it stops", seconds=4, out="typed"))
 
 
 def test_every_flag_reaches_the_model(make, models, spy):
@@ -263,7 +252,7 @@ def test_prompts_with_times(prompt, texts, times):
     assert sample.texts_and_times({"prompt": prompt}, 30, "here") == (texts, times)
 
 
-# ----------------------------------------------------------------------------------------- the same again
+# --------------------------------------------------------------------- batches, ranks and repeated runs
 
 ROWS = ('{"prompt": "a red disc moves left"}', "", '{"prompt": ["a blue ring"]}',
         '{"prompt": "it stops", "name": "last", "seed": 4, "seconds": 1}')
@@ -284,10 +273,9 @@ def test_a_video_is_the_same_in_any_batch_and_on_any_rank(make, models, spy):
     again = torch.cat([call["latents"] for call in calls[:2]])
     assert (again - latents).norm() < 1e-5 * latents.norm()
     pairs = make(**flags, batch=2, out="pairs")
-    done = call(SCRIPT, "--model", models / "model", "--batch", 2, "--steps", 1, "--window", 6, "--keep", 3,
-                "--preset", "ultrafast", "--prompts", "p.jsonl", "--samples", 2, "--seconds", 1.5,
-                "--out", "ranks", ranks=2)
-    assert done.returncode == 0, done.stderr
+    done = call("sample.py", "--model", models / "model", "--batch", 2, "--steps", 1, "--window", 6,
+                "--keep", 3, "--preset", "ultrafast", "--prompts", "p.jsonl", "--samples", 2,
+                "--seconds", 1.5, "--out", "ranks", ranks=2)
     assert alike(films("ranks"), alone) and "6 videos of 32x32; 4 to make on this rank" in done.stdout
     assert same(films("ranks"), pairs), "the same batches, wherever they are made"
 
@@ -297,13 +285,6 @@ def test_only_equal_schedules_share_a_batch(make, spy):
     made = make(prompts=prompts, seconds=4, batch=3)
     assert [[id for _, id in call["ids"]] for call in spy[0]] == [[0, 2], [1]]
     assert alike(make(prompts=prompts, seconds=4, out="alone"), made)
-
-
-def call(*argv, ranks=1):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-    environment.pop("RANK", None)
-    return subprocess.run([*torchrun(ranks), *map(str, argv)], capture_output=True, text=True,
-                          env=environment)
 
 
 def test_a_restart_makes_what_is_missing(make, spy, capsys):
@@ -368,13 +349,13 @@ def test_like_heeds_flags_given_at_their_defaults(make):
 
 
 def test_like_keeps_the_place_of_a_prompt(make):
-    """Noise depends on the place, here 1, which the new command line does not tell."""
+    """Noise depends on the place, here 1, which the new command line does not say."""
     made = make(prompts=write_prompts("a red disc", "a blue ring | and: more"), seconds=2.5)
     again = make(like="videos/0001-a-blue-ring-and-more.mp4", out="again")
     assert same(again, {name: film for name, film in made.items() if name[:4] == "0001"})
 
 
-# ----------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------- refusals
 
 @pytest.fixture(scope="module")
 def inputs(models, tmp_path_factory):
@@ -467,11 +448,10 @@ def test_a_failure_midway_leaves_no_file(make, monkeypatch):
 
 
 def test_the_command_line(models, tmp_path):
-    done = call(SCRIPT)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2, done.stderr
-    assert done.stderr.startswith("sample.py: no model; give --model DIR")
+    errors = call("sample.py", code=1).stderr
+    assert errors.startswith("sample.py: no model; give --model DIR") and len(errors.splitlines()) == 2
     flags = "--prompt", "a red disc", "--seconds", 0.5, "--steps", 1, "--out", tmp_path / "out", "--wan"
-    done = call(SCRIPT, "--model", models / "wan", *flags, models / "wan")
-    assert done.returncode == 0, done.stderr
+    call("sample.py", "--model", models / "wan", *flags, models / "wan")
     tags = data.read_tags(tmp_path / "out/0000-a-red-disc.mp4")
-    assert tags["command"].startswith(f"{SCRIPT} --model") and "--prompt 'a red disc'" in tags["command"]
+    assert tags["command"].startswith(f"{sample.__file__} --model")
+    assert "--prompt 'a red disc'" in tags["command"]

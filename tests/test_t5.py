@@ -2,13 +2,9 @@
 
 import hashlib
 import io
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
+from worlds import call_text, relative
 
 import t5
 from common import UserError
@@ -62,7 +59,8 @@ def encoder_of(hf):
 
 def train_tokenizer(**options):
     """Its pieces are the letters and each of WORDS."""
-    draw, model = random.Random(0), io.BytesIO()
+    draw = random.Random(0)
+    model = io.BytesIO()
     corpus = (" ".join(draw.choices(WORDS, k=9)) for _ in range(400))
     options = {"vocab_size": 40, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options
     # "identity": HF can be given the pieces of a model, but not (without protobuf) its normalisation
@@ -94,10 +92,6 @@ def put(path, content):
     path.write_bytes(content)
 
 
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 def random_ids(*shape, vocab=300):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
 
@@ -115,7 +109,8 @@ def test_equals_transformers(hf, encoder, length):
 
 
 def test_padding_is_not_attended_to(hf, encoder):
-    ids, mask = random_ids(3, 64), torch.ones(3, 64, dtype=torch.long)
+    ids = random_ids(3, 64)
+    mask = torch.ones(3, 64, dtype=torch.long)
     mask[0, 1:], mask[1, 40:] = 0, 0
     with torch.no_grad():
         expected = hf(ids, attention_mask=mask).last_hidden_state
@@ -435,10 +430,7 @@ def test_weights_of_the_right_dtype_stay_in_the_file(tmp_path):
     t5.save(t5.Encoder(60, 32, 32, 32, 2, 1).bfloat16(), tmp_path / "tiny.safetensors")
     size = (tmp_path / "x.pth").stat().st_size
     assert size > 100e6
-    command = [sys.executable, "-c", textwrap.dedent(PROBE)]
-    environment = os.environ | {"PYTHONPATH": str(Path(t5.__file__).parent)}
-    printed = subprocess.check_output(command, cwd=tmp_path, env=environment)
-    pth, safetensors, copied = map(int, printed.split())
+    pth, safetensors, copied = map(int, call_text(PROBE, cwd=tmp_path).split())
     assert pth < size / 8 and safetensors < size / 8
     assert copied > 1.9 * size  # so the numbers above mean something
 

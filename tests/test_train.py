@@ -1,8 +1,7 @@
-"""Stage 1: the loss by hand, what is drawn, that ranks, micro-batches and kills leave no trace, refusals."""
+"""Stage 1: the loss by hand, the draws, that ranks, micro-batches and kills change nothing, refusals."""
 
 import gc
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from worlds import torchrun
+from worlds import call, ended, fill_store, run_stage, start, tiny_model
 
 import common
 import data
@@ -26,51 +24,29 @@ import model
 import toy
 import train_df
 from common import UserError
-from train_df import Clips, Config, clip_losses, errors
+from train_df import Config, Samples, clip_losses, errors
 
-SCRIPT = Path(train_df.__file__)
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHAPE = (15, 4, 4, 4)  # 5 chunks: 4 of prefix, one to learn
 TIMES = {"seconds_per_step", "clips_per_second", "gigabytes"}  # what differs from run to run
 
 
 @pytest.fixture(autouse=True)
-def alone(request):
+def default_signals():
+    """Runs in this process install handlers of their own."""
     yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """init/, agg_0 of 12 seed clips, agg_1 with 6 corrective ones more."""
     root = tmp_path_factory.mktemp("world")
-    config = model.Config(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=64,
-                          text_len=8)
-    net = model.WanModel(config).init_weights("train")
-    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=common.rng("head"))
+    net = tiny_model("train", num_layers=2, in_dim=4, out_dim=4, text_len=8)
     model.save(net, root / "init")
-    fill(root / "agg_0", ["seed"] * 12)
-    fill(root / "agg_1", ["seed"] * 12 + ["corrective"] * 6)
+    fill_store(root / "agg_0", ["seed"] * 12, SHAPE)
+    fill_store(root / "agg_1", ["seed"] * 12 + ["corrective"] * 6, SHAPE)
     return root
-
-
-def fill(folder, kinds, shape=SHAPE, text_dim=64, smooth=False):
-    """smooth: clips of one colour each, so that there is something to learn."""
-    entries = []
-    for i, kind in enumerate(kinds):
-        g = common.rng("clip", i)
-        latents = torch.randn(1, shape[1], 1, 1, generator=g).expand(shape) if smooth else \
-            torch.randn(shape, generator=g)
-        text = torch.randn(3, text_dim, generator=common.rng("text", 0 if smooth else i))
-        data.write_clip(folder, f"c{i}", latents, text, "A disc", "a.mp4")
-        entries.append({"id": f"c{i}", "file": f"clips/c{i}.safetensors", "prompt": "A disc", "kind": kind,
-                        "round": 0, "source": "a.mp4"})
-    data.write_text_embedding(folder / "empty.safetensors", torch.randn(1, text_dim, generator=common.rng(0)))
-    common.claim(Path(folder, "meta.json"), {"latents": shape, "fps": 16, "wan": str(folder.parent / "wan")})
-    data.write_index(folder, entries)
 
 
 def config(world, out="out", data="agg_0", **flags) -> Config:
@@ -80,27 +56,19 @@ def config(world, out="out", data="agg_0", **flags) -> Config:
 
 
 def run(cfg: Config):
-    try:
-        return train_df.main(cfg)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return run_stage(train_df, cfg)
 
 
-def command(cfg: Config, ranks=1):
+def flags_of(cfg: Config) -> list[str]:
+    """The command line that gives this Config."""
     flags = []
     for key, value in vars(cfg).items():
+        name = key.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(f"--{'no-' * (not value)}{key.replace('_', '-')}")
+            flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            flags += ["--" + key.replace("_", "-"), str(value)]
-    return [*torchrun(ranks), str(SCRIPT), *flags]
-
-
-def script(cfg: Config, ranks=1):
-    done = subprocess.run(command(cfg, ranks), env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+            flags += [f"--{name}", str(value)]
+    return flags
 
 
 def weights(out) -> dict:
@@ -108,8 +76,8 @@ def weights(out) -> dict:
 
 
 def lines(out) -> list[dict]:
-    found = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+    logged = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in logged]
 
 
 def newest_state(out, scratch) -> dict:
@@ -119,10 +87,10 @@ def newest_state(out, scratch) -> dict:
 
 
 def flat(tree: dict, prefix="") -> dict:
-    found = {}
+    leaves = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def same_run(a, b, tmp_path):
@@ -144,11 +112,11 @@ def close_runs(a, b):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
 
 
-# --------------------------------------------------------------------------------- what is trained
+# ----------------------------------------------------------------------- the training data and the loss
 
 def test_the_loss_by_hand(world):
     """Seed and corrective clips in one batch, against the paper's words spelled out frame by frame."""
-    clips = Clips(config(world, data="agg_1", drop=0.0))
+    clips = Samples(config(world, data="agg_1", drop=0.0))
     net = model.load(world / "init")
     batch = clips.batch([(0, ("a", 0)), (14, ("a", 1))], clips.sizes(0))
     loss = clip_losses(errors(clips.cfg, net, batch), batch.weight)
@@ -168,7 +136,8 @@ def test_the_loss_by_hand(world):
 
 
 def test_a_prefix_bears_no_loss_but_gradient_reaches_it(world):
-    clips, net = Clips(config(world, data="agg_1")), model.load(world / "init")
+    clips = Samples(config(world, data="agg_1"))
+    net = model.load(world / "init")
     batch = clips.batch([(15, ("a", 0))], clips.sizes(0))
     x0 = batch.x0.clone().requires_grad_()
     loss = clip_losses(errors(clips.cfg, net, batch._replace(x0=x0)), batch.weight)
@@ -182,7 +151,7 @@ def test_a_prefix_bears_no_loss_but_gradient_reaches_it(world):
 
 def test_other_modes(world):
     net = model.load(world / "init")
-    clips = Clips(config(world, mode="full"))
+    clips = Samples(config(world, mode="full"))
     batch = clips.batch([(0, ("a", 0))], clips.sizes(0))
     assert clips.sizes(0) == (15,) and len(batch.t.unique()) == 1 and batch.mask.all()
     x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
@@ -190,7 +159,7 @@ def test_other_modes(world):
     expected = (v - (batch.noise - batch.x0)).square().mean((2, 3, 4))
     assert torch.equal(errors(clips.cfg, net, batch), expected)
 
-    clips = Clips(config(world, mode="tf"))
+    clips = Samples(config(world, mode="tf"))
     batch = clips.batch([(0, ("a", 0))], clips.sizes(0))
     x = diffusion.add_noise(batch.x0, batch.noise, batch.t)
     error = errors(clips.cfg, net, batch)
@@ -204,7 +173,7 @@ def test_other_modes(world):
 
 def test_draws_are_functions_of_seed_and_position(world):
     cfg = config(world, data="agg_1", steps=2)
-    clips, other = Clips(cfg), Clips(config(world, data="agg_1", seed=1))
+    clips, other = Samples(cfg), Samples(config(world, data="agg_1", seed=1))
     ranks = [common.Ranks(rank, 3, None) for rank in range(3)]
     dealt = {}
     for rank in ranks:
@@ -221,7 +190,7 @@ def test_draws_are_functions_of_seed_and_position(world):
 
 def test_knobs_of_the_mixture(world):
     def ids(positions, **flags):
-        clips = Clips(config(world, data="agg_1", **flags))
+        clips = Samples(config(world, data="agg_1", **flags))
         return [clips.at(p) for p in range(positions)]
     everything = ids(16)
     assert len(set(everything)) == 16 and len(set(ids(64)[16:32])) == 16, "each once an epoch"
@@ -232,21 +201,21 @@ def test_knobs_of_the_mixture(world):
     assert all(i >= 12 for i in ids(50, corrective_share=1.0))
 
     def lost(positions, **flags):
-        clips = Clips(config(world, data="agg_1", **flags))
+        clips = Samples(config(world, data="agg_1", **flags))
         rows = [(clips.at(p), clips.micro_batch((0, [p])).text[0]) for p in range(positions)]
         return [(i >= 12, torch.equal(text, clips.null)) for i, text in rows]
     assert all(gone for _, gone in lost(20, drop=1.0)) and not any(gone for _, gone in lost(20, drop=0.0))
     assert all(gone != corrective for corrective, gone in lost(40, drop=1.0, drop_kind="seed"))
     assert 10 < sum(gone for _, gone in lost(200, drop=0.1)) < 32
 
-    clips = Clips(config(world, seed_prefix=0.5))
+    clips = Samples(config(world, seed_prefix=0.5))
     masks = [clips.micro_batch((0, [p])).mask[0] for p in range(100)]
     assert 35 < sum(mask[0] == 0 for mask in masks) < 65
     assert all(mask[12:].all() and len(mask[:12].unique()) == 1 for mask in masks)
 
 
 def test_image_first(world):
-    clips = Clips(config(world, data="agg_1", image_first=0.5))
+    clips = Samples(config(world, data="agg_1", image_first=0.5))
     sizes = [clips.sizes(step) for step in range(100)]
     assert set(sizes) == {(3,) * 5, (1, 3, 3, 3, 3)} and 35 < sizes.count((3,) * 5) < 65
     image = sizes.index((1, 3, 3, 3, 3))
@@ -258,17 +227,17 @@ def test_image_first(world):
 
 
 def test_all_rounds_hold_out_the_same_clips(world):
-    first, second = (Clips(config(world, data=d, held_out=4)) for d in ("agg_0", "agg_1"))
+    first, second = (Samples(config(world, data=d, held_out=4)) for d in ("agg_0", "agg_1"))
     assert first.held_out == second.held_out and len(first.held_out) == 4
     assert sorted(first.held_out + first.seed) == list(range(12)) and second.corrective == list(range(12, 18))
     a, b = (c.batch([(c.held_out[0], ("held out", 0))], c.sizes(None), True) for c in (first, second))
     assert all(torch.equal(x, y) for x, y in zip(a[:7], b[:7], strict=True))
-    never = Clips(config(world, held_out=4, drop=1.0, seed_prefix=1.0))
+    never = Samples(config(world, held_out=4, drop=1.0, seed_prefix=1.0))
     c = never.batch([(never.held_out[0], ("held out", 0))], never.sizes(None), True)
     assert torch.equal(c.text, a.text) and torch.equal(c.mask, a.mask), "no dropout, no prefix"
 
 
-# --------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
@@ -293,19 +262,22 @@ def test_micro_batches_change_nothing(world, reference, tmp_path):
 def test_ranks_change_nothing(world, reference, tmp_path):
     """Begun by 2 processes, gone on by 1, ended by 3."""
     for ranks, steps in ((2, 2), (1, 4), (3, 6)):
-        told = script(full_config(world, tmp_path / "out", steps=steps, recompute=ranks == 2), ranks)
-        assert (f"going on from step {steps - 2}" in told) == (steps > 2)
+        cfg = full_config(world, tmp_path / "out", steps=steps, recompute=ranks == 2)
+        printed = call("train_df.py", *flags_of(cfg), ranks=ranks).stdout
+        assert (f"going on from step {steps - 2}" in printed) == (steps > 2)
     held = [line for line in lines(tmp_path / "out") if "held_out" in line]
     assert [line["step"] for line in held] == [0, 2, 4, 6]
     close_runs(reference, tmp_path / "out")
 
 
 def test_killed_at_random_it_ends_the_same(world, reference, tmp_path):
-    cfg, chance, kills = full_config(world, tmp_path / "out"), random.Random(0), 0
+    cfg = full_config(world, tmp_path / "out")
+    chance = random.Random(0)
+    kills = 0
     log = tmp_path / "out" / "log.jsonl"
     while not (tmp_path / "out" / "config.json").exists():
         before = log.read_bytes() if log.exists() else b""
-        process = subprocess.Popen(command(cfg), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = start("train_df.py", *flags_of(cfg), stdout=subprocess.DEVNULL)
         if kills < 3:
             while process.poll() is None and (not log.exists() or log.read_bytes() == before):
                 time.sleep(0.01)  # at work
@@ -313,7 +285,7 @@ def test_killed_at_random_it_ends_the_same(world, reference, tmp_path):
             process.kill()
             kills += process.wait() == -signal.SIGKILL
             continue
-        assert process.wait() == 0, process.stderr.read().decode()
+        ended(process)
     assert kills > 1
     same_run(reference, tmp_path / "out", tmp_path)
     assert [step for step, _ in train_df.checkpoints(tmp_path / "out")] == [4, 6], "the newest two are kept"
@@ -329,13 +301,12 @@ def test_half_a_checkpoint_does_not_count(world, reference, tmp_path):
 
 def test_sigterm_stops_with_a_checkpoint(world, tmp_path, reference):
     cfg = full_config(world, tmp_path / "out", save_every=1000)
-    process = subprocess.Popen(command(cfg), env=ENV, stdout=subprocess.PIPE, text=True)
+    process = start("train_df.py", *flags_of(cfg))
     for line in process.stdout:
         if line.startswith("step 1/"):
             process.terminate()
             break
-    told = process.stdout.read()
-    assert process.wait() == 128 + signal.SIGTERM and "stopped after step" in told
+    assert "stopped after step" in ended(process, 128 + signal.SIGTERM).stdout
     assert train_df.checkpoints(tmp_path / "out") and not (tmp_path / "out/config.json").exists()
     run(full_config(world, tmp_path / "out"))
     same_run(reference, tmp_path / "out", tmp_path)
@@ -354,7 +325,8 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(world, reference, tmp
 
 
 def test_the_average_by_hand(world, tmp_path, monkeypatch):
-    seen, step = [], train_df.train_step
+    seen = []
+    step = train_df.train_step
 
     def watched(cfg, state, *rest):
         if not seen:
@@ -364,7 +336,8 @@ def test_the_average_by_hand(world, tmp_path, monkeypatch):
         return norm
     monkeypatch.setattr(train_df, "train_step", watched)
     run(config(world, tmp_path / "out", ema=0.3))
-    saved, average = weights(tmp_path / "out"), seen[0]
+    saved = weights(tmp_path / "out")
+    average = seen[0]
     for s, now in enumerate(seen[1:]):
         decay = min(0.3, (s + 1) / (s + 10))
         average = {k: decay * average[k] + (1 - decay) * now[k] for k in average}
@@ -372,11 +345,10 @@ def test_the_average_by_hand(world, tmp_path, monkeypatch):
     assert not torch.allclose(saved["head.head.weight"], seen[-1]["head.head.weight"], atol=1e-4)
 
 
-def test_no_step_leaves_anything_behind(world, tmp_path):
+def test_no_step_leaves_anything_behind(world, ranks, tmp_path):
     """An average that was updated under autograd once kept a graph of all steps: gigabytes in 5,000."""
-    ranks = common.start_ranks("cpu")
     cfg = train_df.complete(full_config(world, tmp_path / "out"), ranks)
-    clips = Clips(cfg)
+    clips = Samples(cfg)
     state = train_df.begin(cfg, clips, ranks)
     micro = common.ahead(clips.micro_batch, train_df.shares(cfg, ranks, 0))
 
@@ -395,7 +367,8 @@ def test_no_step_leaves_anything_behind(world, tmp_path):
 
 def test_the_held_out_loss_is_that_of_the_exported_weights(world, reference):
     cfg = full_config(world, reference)
-    clips, net = Clips(cfg), model.load(reference)
+    clips = Samples(cfg)
+    net = model.load(reference)
     losses = []
     for place, i in enumerate(clips.held_out):
         batch = clips.batch([(i, ("held out", place))], clips.sizes(None), held_out=True)
@@ -407,7 +380,8 @@ def test_the_held_out_loss_is_that_of_the_exported_weights(world, reference):
 def test_the_log_says_what_was_computed(world, tmp_path):
     cfg = config(world, tmp_path / "out", steps=2, log_every=2, lr=1e-12)
     run(cfg)
-    clips, net = Clips(cfg), model.load(world / "init")
+    clips = Samples(cfg)
+    net = model.load(world / "init")
     noise, chunk, loss = [[] for _ in range(10)], [[] for _ in range(5)], []
     for p in range(12):
         batch = clips.micro_batch((0, [p]))
@@ -424,18 +398,18 @@ def test_the_log_says_what_was_computed(world, tmp_path):
 
 
 def test_the_log_for_others(world, tmp_path, monkeypatch):
-    told = []
+    logged = []
     fake = types.SimpleNamespace(init=lambda **about: types.SimpleNamespace(
-        log=lambda line, step: told.append((step, about["project"], sorted(line)))))
+        log=lambda line, step: logged.append((step, about["project"], sorted(line)))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(config(world, tmp_path / "out", steps=1, wandb="mine"))
-    assert [(step, project) for step, project, _ in told] == [(0, "mine"), (1, "mine"), (1, "mine")]
-    assert {"loss", "lr", "grad_norm"} < set(told[1][2]) and "held_out" in told[2][2]
+    assert [(step, project) for step, project, _ in logged] == [(0, "mine"), (1, "mine"), (1, "mine")]
+    assert {"loss", "lr", "grad_norm"} < set(logged[1][2]) and "held_out" in logged[2][2]
 
 
 def test_it_learns(world, tmp_path):
     """Clips of one colour each: 200 steps must halve the held-out loss."""
-    fill(tmp_path / "agg", ["seed"] * 64, smooth=True)
+    fill_store(tmp_path / "agg", ["seed"] * 64, SHAPE, smooth=True)
     run(config(world, tmp_path / "out", steps=200, batch=4, micro=4, lr=3e-3, held_out=8, log_every=20,
                eval_every=200, save_every=1000, data=tmp_path / "agg"))
     held = [line["held_out"] for line in lines(tmp_path / "out") if "held_out" in line]
@@ -445,7 +419,7 @@ def test_it_learns(world, tmp_path):
 
 def test_previews(tmp_path, world):
     toy.make_wan(tmp_path / "wan")
-    fill(tmp_path / "agg", ["seed"] * 4, shape=(6, 16, 4, 4))
+    fill_store(tmp_path / "agg", ["seed"] * 4, (6, 16, 4, 4))
     for mode in ("full", "df"):
         run(Config(str(tmp_path / "agg"), str(tmp_path / "wan"), str(tmp_path / mode), steps=1, batch=2,
                    held_out=2, mode=mode, preview_every=1, device="cpu"))
@@ -456,14 +430,14 @@ def test_previews(tmp_path, world):
         assert data.read_image(tmp_path / mode / "preview/step-000001.png").shape[2] == 2 * (128 + 4)
 
 
-# ------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------- failures and refusals
 
 def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
-    fill(tmp_path / "agg_0", ["seed"] * 12 + ["corrective"] * 12)
+    fill_store(tmp_path / "agg_0", ["seed"] * 12 + ["corrective"] * 12, SHAPE)
     cfg = config(tmp_path, tmp_path / "out", steps=20, log_every=5, save_every=1, held_out=0)
     cfg.init = str(world / "init")
     cfg.corrective_share = 0.5  # a corrective clip of each two: the 4th of them comes in step 2
-    clips = Clips(cfg)
+    clips = Samples(cfg)
     bad = clips.store[clips.at(7)]["id"]
     assert bad not in [clips.store[clips.at(p)]["id"] for p in range(6)]
     data.write_clip(tmp_path / "agg_0", bad, torch.full(SHAPE, torch.inf), torch.zeros(3, 64), "x", "y")
@@ -473,10 +447,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
     assert [step for step, _ in train_df.checkpoints(tmp_path / "out")] == [1]
 
 
-def test_a_broken_step_leaves_the_weights(world, tmp_path):
-    cfg = train_df.complete(config(world, tmp_path, ema=0.5), common.start_ranks("cpu"))
-    ranks = common.Ranks(0, 1, torch.device("cpu"))
-    clips = Clips(cfg)
+def test_a_broken_step_leaves_the_weights(world, ranks, tmp_path):
+    cfg = train_df.complete(config(world, tmp_path, ema=0.5), ranks)
+    clips = Samples(cfg)
     state = train_df.begin(cfg, clips, ranks)
     good = clips.micro_batch((0, range(3)))
     bad = good._replace(x0=good.x0 * torch.inf)
@@ -496,10 +469,10 @@ def test_corrupt_clips(world, tmp_path):
         run(cfg)
     cfg.skip_bad = True
     run(cfg)
-    clips = Clips(cfg)
+    clips = Samples(cfg)
     skipped = [sum(clips.at(p) == 3 for p in range(s * 6, s * 6 + 6)) for s in range(3)]
-    told = [line.get("skipped", 0) for line in lines(tmp_path / "out") if "loss" in line]
-    assert told == skipped and sum(skipped) > 0
+    logged = [line.get("skipped", 0) for line in lines(tmp_path / "out") if "loss" in line]
+    assert logged == skipped and sum(skipped) > 0
 
 
 def test_a_run_is_another_if_its_data_or_flags_are(world, tmp_path):
@@ -528,7 +501,7 @@ def test_refusals(world, tmp_path, flags, message):
            "rolled": (SHAPE, 64, "rollout")}
     if flags.get("data") in odd:
         shape, words, kind = odd[flags["data"]]
-        fill(tmp_path / flags["data"], [kind] * 3, shape, words)
+        fill_store(tmp_path / flags["data"], [kind] * 3, shape, words)
     if flags.get("data") == "bare":
         (tmp_path / "bare/empty.safetensors").unlink()
     flags = dict(flags)
@@ -553,21 +526,20 @@ def test_a_model_that_sees_the_future_is_refused(world, tmp_path, monkeypatch):
 
 
 def test_batches_that_cannot_be_shared(world, tmp_path):
-    done = subprocess.run(command(config(world, tmp_path / "out", batch=5), 2), env=ENV, capture_output=True,
-                          text=True)
-    assert done.returncode and "--batch 5 cannot be shared by 2 processes; use 4 or 6" in done.stderr
+    done = call("train_df.py", *flags_of(config(world, tmp_path / "out", batch=5)), ranks=2, code=1)
+    assert "--batch 5 cannot be shared by 2 processes; use 4 or 6" in done.stderr
 
 
 def test_other_means_and_weights_of_the_loss(world):
     flags = dict(data="agg_1", drop=0.0)
     chosen = [(0, ("a", 0)), (14, ("a", 1))]
     net = model.load(world / "init")
-    plain = Clips(config(world, **flags)).batch(chosen, (3,) * 5)
+    plain = Samples(config(world, **flags)).batch(chosen, (3,) * 5)
     error = errors(config(world), net, plain)
-    by_latent = Clips(config(world, loss_mean="latent", **flags)).batch(chosen, (3,) * 5)
+    by_latent = Samples(config(world, loss_mean="latent", **flags)).batch(chosen, (3,) * 5)
     loss, expected = clip_losses(error, by_latent.weight), clip_losses(error, plain.weight)
     torch.testing.assert_close(loss, expected * torch.tensor([1, 3 / 15]))
-    bell = Clips(config(world, loss_weight="bell", **flags)).batch(chosen, (3,) * 5)
+    bell = Samples(config(world, loss_weight="bell", **flags)).batch(chosen, (3,) * 5)
     grid = torch.tensor([1000 * 8 * s / (1 + 7 * s) for s in (1 - i / 1000 for i in range(1000))])
     shape = (-2 * ((grid - 500) / 1000)**2).exp()
     mean = (shape - shape.min()).mean()
@@ -576,13 +548,13 @@ def test_other_means_and_weights_of_the_loss(world):
     noisiest, middle = diffusion.bell_weight(torch.tensor([1000.0, 500.0]), 8.0)
     assert noisiest == 0 and middle > 2
     assert diffusion.bell_weight(grid, 8.0).mean().item() == pytest.approx(1)
-    held = Clips(config(world, loss_mean="latent", loss_weight="bell", **flags))
+    held = Samples(config(world, loss_mean="latent", loss_weight="bell", **flags))
     batch = held.batch([(held.held_out[0], ("held out", 0))], (3,) * 5, held_out=True)
     assert (batch.weight == 1 / 15).all(), "the held-out loss compares runs, whatever they train with"
 
 
 def test_a_prefix_of_another_length(world):
-    clips = Clips(config(world, data="agg_1", prefix=2))
+    clips = Samples(config(world, data="agg_1", prefix=2))
     batch = clips.batch([(14, ("a", 0))], clips.sizes(0))
     assert batch.mask[0].tolist() == [0] * 6 + [1] * 9 and (batch.t[0, :6] == 0).all() and batch.t[0, 6] > 0
 
@@ -594,7 +566,7 @@ def test_corrective_clips_of_held_out_ones_are_left_out(world, tmp_path):
         entry["id"] = f"c{2 * place}-round0-reversed"
     data.write_index(tmp_path / "agg_1", entries)
     for count in (0, 3, 6):
-        clips = Clips(config(world, data=str(tmp_path / "agg_1"), held_out=count))
+        clips = Samples(config(world, data=str(tmp_path / "agg_1"), held_out=count))
         unseen = {f"c{i}" for i in clips.held_out}
         assert len(unseen) == count
         assert [clips.store[i]["id"] for i in clips.corrective] == [
@@ -609,9 +581,7 @@ def test_it_works_as_typed(world, tmp_path):
     meta = json.loads((tmp_path / "agg_3/meta.json").read_text())
     (tmp_path / "agg_3/meta.json").write_text(json.dumps(meta | {"wan": str(tmp_path / "wan")}))
     flags = "--steps 1 --batch 2 --held-out 0 --preview-every 0 --device cpu".split()
-    done = subprocess.run([sys.executable, str(SCRIPT), "--data", "agg_3/", *flags], cwd=tmp_path, env=ENV,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    call("train_df.py", "--data", "agg_3/", *flags, cwd=tmp_path)
     made = json.loads((tmp_path / "model_3/config.json").read_text())
     assert (made["step"], made["held_out"], made["wan"]) == (1, 0, str(tmp_path / "wan"))
 

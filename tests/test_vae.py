@@ -5,19 +5,12 @@ import gc
 
 import pytest
 import torch
+from worlds import assert_close, noise
 
 import vae
-from common import UserError, rng
+from common import UserError
 
 MEAN, STD = [0.1 * i - 0.7 for i in range(16)], [0.5 + 0.1 * i for i in range(16)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # on tensors this small a second one only gets in the way
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +37,13 @@ def ours(diffusers_folder):
     return vae.load(diffusers_folder)
 
 
-def noise(*shape):
-    return torch.randn(shape, generator=rng(*shape))
-
-
 def clip(frames, height=32, width=24, batch=1):
     return noise(batch, frames, 3, height, width).mul(0.5).clamp(-1, 1)
 
 
 def close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape
-    worst = (a - b).abs().max().item() / b.abs().max().item()
-    assert worst < tolerance, f"off by {worst:.1e} of the largest value"
+    """The tolerance is a share of b's largest value."""
+    assert_close(a, b, tolerance * b.abs().max().item())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -114,10 +102,10 @@ def test_gradients_equal_diffusers(theirs, ours):
 
 def test_every_layout_loads_the_same(theirs, ours, diffusers_folder, tmp_path):
     torch.save(official_weights(theirs), tmp_path / "Wan2.1_VAE.pth")
-    (tmp_path / "own").mkdir()
-    vae.save(ours, tmp_path / "own" / "vae.safetensors")
-    for path in (diffusers_folder / "vae", tmp_path, tmp_path / "Wan2.1_VAE.pth", tmp_path / "own",
-                 tmp_path / "own" / "vae.safetensors"):
+    (tmp_path / "saved").mkdir()
+    vae.save(ours, tmp_path / "saved" / "vae.safetensors")
+    for path in (diffusers_folder / "vae", tmp_path, tmp_path / "Wan2.1_VAE.pth", tmp_path / "saved",
+                 tmp_path / "saved" / "vae.safetensors"):
         loaded = vae.load(path)
         pairs = zip(loaded.state_dict().items(), ours.state_dict().items(), strict=True)
         assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs), path
@@ -180,7 +168,8 @@ def test_full_size_matches_the_published_layout():
 
 def test_any_piece_size_gives_the_same(ours):
     video, z = clip(29), noise(1, 8, 16, 4, 3)
-    (mean, _), frames = ours.posterior(video, piece=8), ours.reconstruct(z, piece=8)
+    (mean, _) = ours.posterior(video, piece=8)
+    frames = ours.reconstruct(z, piece=8)
     for piece in (1, 2, 3, 7):
         close(ours.posterior(video, piece)[0], mean)
         close(ours.reconstruct(z, piece), frames)
@@ -205,7 +194,8 @@ def test_a_stream_equals_the_whole(ours):
 
 
 def test_a_stream_gives_what_is_complete_and_holds_the_rest(ours):
-    state, video = {}, clip(16, 8, 8, batch=2)
+    state = {}
+    video = clip(16, 8, 8, batch=2)
     pieces = [(z, state["held"].shape[1]) for z in stream(ours.encode, video, [1, 1, 2, 4, 5], state)]
     assert [(z.shape[1], held) for z, held in pieces] == [(1, 0), (0, 1), (0, 3), (1, 3), (2, 0), (0, 3)]
     assert pieces[1][0].shape == (2, 0, 16, 1, 1) and pieces[1][0].dtype == torch.float32
@@ -254,7 +244,8 @@ def live_bytes():
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_memory_does_not_grow_with_the_video(ours, way):
-    state, sizes = {}, []
+    state = {}
+    sizes = []
     for i in range(21):
         getattr(ours, way)(clip(6, 8, 8) if way == "encode" else noise(1, 2, 16, 1, 1), state)
         if i in (2, 10, 20):  # the encoder holds one frame back at each

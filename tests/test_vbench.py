@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_metrics import blank, close, digest, levels, noise, pan, run, shifted, texture
+from worlds import assert_close, blank, curves_of, digest, levels, noise, pan, shifted, texture
 
 import metrics
 import vbench
@@ -20,7 +20,7 @@ from common import UserError, rng
 
 @pytest.fixture(autouse=True)
 def no_caches(tmp_path, monkeypatch):
-    """Files that this machine happens to have must not be actual."""
+    """Weight files that this machine happens to have must not be used."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("VBENCH_CACHE_DIR", raising=False)
@@ -109,7 +109,8 @@ def raft_shapes():
 
 
 def amt_shapes():
-    convs, prelus = encoder_shapes("feat_encoder", (32, 64, 96), 84, (1, 3, 1), 4), {}
+    convs = encoder_shapes("feat_encoder", (32, 64, 96), 84, (1, 3, 1), 4)
+    prelus = {}
     wide = 3
     for level, width in enumerate((20, 32, 44, 56), 1):
         convs |= {f"encoder.pyramid{level}.0.0": (width, wide, 3, 3),
@@ -194,10 +195,10 @@ def scorer_of(name, weights, batch=4):
 def test_pieces_change_nothing_in_the_six(name, networks, monkeypatch):
     monkeypatch.setattr(vbench, "raft", partial(vbench.raft, iterations=2))
     video = pan(3 if name == "imaging_quality" else 9, 2.0, 128, 136)
-    whole, = run(scorer_of(name, networks[name], batch=2), video).values()
+    whole, = curves_of(scorer_of(name, networks[name], batch=2), video).values()
     assert len(whole.value) and len(whole.frame) == len(whole.value) and np.isfinite(whole.value).all()
     for pieces in (1, 4):
-        cut, = run(scorer_of(name, networks[name], batch=2), video, pieces).values()
+        cut, = curves_of(scorer_of(name, networks[name], batch=2), video, pieces).values()
         assert np.array_equal(cut.frame, whole.frame) and np.array_equal(cut.value, whole.value)
         assert cut.total == whole.total
 
@@ -205,7 +206,7 @@ def test_pieces_change_nothing_in_the_six(name, networks, monkeypatch):
 def test_videos_that_are_too_short_are_refused(networks):
     for name, frames in (("motion_smoothness", 2), ("dynamic_degree", 2), ("subject_consistency", 1)):
         with pytest.raises(UserError, match=f"needs at least {frames + 1} frames, not {frames}"):
-            run(scorer_of(name, networks[name]), pan(frames, height=128, width=128))
+            curves_of(scorer_of(name, networks[name]), pan(frames, height=128, width=128))
 
 
 @pytest.mark.parametrize("frames", [3, 4, 9, 10])
@@ -220,7 +221,7 @@ def test_smoothness_predicts_the_odd_frames(frames, monkeypatch):
     # of 10 + 10t the mean of the neighbours is the frame itself; the offset in odd frames is what is missed
     video = blank(frames, 130, 140) + torch.tensor([10 * t + 7 * (t % 2) for t in range(frames)],
                                                    dtype=torch.uint8).view(-1, 1, 1, 1)
-    curve = run(scorer_of("motion_smoothness", [{}], batch=32), video)["motion_smoothness"]
+    curve = curves_of(scorer_of("motion_smoothness", [{}], batch=32), video)["motion_smoothness"]
     assert curve.frame.tolist() == list(range(1, 2 * ((frames - 1) // 2), 2))
     np.testing.assert_allclose(curve.value, 1 - 7 / 255, atol=1.5 / 255)
     assert sum(len(a) for a, _ in seen) == len(curve.value)
@@ -259,16 +260,16 @@ def test_dynamic_degree_takes_the_fastest_twentieth_of_the_padded_frame(monkeypa
 def test_still_videos_are_consistent_and_not_dynamic(networks):
     video = pan(1, height=128, width=136).repeat(9, 1, 1, 1)
     for name in ("subject_consistency", "background_consistency"):
-        assert run(scorer_of(name, networks[name]), video)[name].total == pytest.approx(1, abs=1e-6)
+        assert curves_of(scorer_of(name, networks[name]), video)[name].total == pytest.approx(1, abs=1e-6)
     [weights] = networks["dynamic_degree"]  # these are random, and see motion everywhere but for this
     weights = weights | {k: v * 0 for k, v in weights.items() if "flow_head.conv2" in k}
-    assert run(scorer_of("dynamic_degree", [weights]), video[:5])["dynamic_degree"].total == 0
+    assert curves_of(scorer_of("dynamic_degree", [weights]), video[:5])["dynamic_degree"].total == 0
 
 
 def test_small_frames_are_refused(networks):
     for name in ("dynamic_degree", "motion_smoothness"):
         with pytest.raises(UserError, match=f"{name} needs frames of at least 128x128, not 160x112"):
-            run(scorer_of(name, networks[name]), pan(9, height=112, width=160))
+            curves_of(scorer_of(name, networks[name]), pan(9, height=112, width=160))
 
 
 @pytest.mark.parametrize(("size", "short", "longest"), [
@@ -350,7 +351,7 @@ def test_dino_equals_transformers_vit():
     peer.load_state_dict(theirs)
     x = noise(2, 3, 224, 224)
     with torch.no_grad():
-        close(vbench.dino(weights, x), peer(x).last_hidden_state[:, 0], 1e-5)
+        assert_close(vbench.dino(weights, x), peer(x).last_hidden_state[:, 0], 1e-5)
 
 
 def test_clip_equals_transformers():
@@ -386,7 +387,7 @@ def test_clip_equals_transformers():
     peer.load_state_dict(theirs)
     x = noise(2, 3, 224, 224)
     with torch.no_grad():
-        close(vbench.clip(weights, x), peer(pixel_values=x).image_embeds, 1e-5)
+        assert_close(vbench.clip(weights, x), peer(pixel_values=x).image_embeds, 1e-5)
 
 
 def cubic_rows(size, scale):
@@ -413,7 +414,7 @@ def test_dino_positions(height, width, square):  # square: the picture, before i
     grid = weights["pos_embed"][0, 1:].view(14, 14, 8).double()
     rows, columns = (cubic_rows(14, (size + 0.1) / 14) for size in (height, width))
     grid = torch.einsum("yi,xj,ijd->yxd", rows, columns, grid)
-    close(actual[0, 1:], grid.reshape(-1, 8).float(), 1e-5)
+    assert_close(actual[0, 1:], grid.reshape(-1, 8).float(), 1e-5)
     assert torch.equal(actual[:, 0], weights["pos_embed"][:, 0])
 
 
@@ -428,17 +429,20 @@ def test_dino_drops_ragged_columns_and_places_its_positions():
 
 
 def test_aesthetic_head_works_on_normalised_features(networks):
-    [tower, head], frames = networks["aesthetic_quality"], pan(2, height=224, width=224)
+    [tower, head] = networks["aesthetic_quality"]
+    frames = pan(2, height=224, width=224)
     features = vbench.background_features(tower, frames).double()
     features = features / features.norm(dim=1, keepdim=True)
     expected = features @ head["weight"][0].double() + head["bias"].double()
-    close(vbench.aesthetic_score(tower, head, frames).double(), expected / 10, 1e-6)
+    assert_close(vbench.aesthetic_score(tower, head, frames).double(), expected / 10, 1e-6)
 
 
 # MUSIQ
 
 def test_musiq_tokens_of_three_scales(networks, monkeypatch):
-    [weights], counts, tokens = networks["imaging_quality"], [], vbench.musiq_tokens
+    [weights] = networks["imaging_quality"]
+    counts = []
+    tokens = vbench.musiq_tokens
 
     def counting(w, image, scale):
         actual = tokens(w, image, scale)
@@ -468,7 +472,7 @@ def test_musiq_tokens_one_by_one(networks):
         for j in range(4):
             tile = padded[None, :, 32 * i:32 * i + 32, 32 * j:32 * j + 32]
             alone = vbench.musiq_tokens(plain, tile, 0)[0, 0]
-            close(actual[4 * i + j], alone + position[10 * place[0][i] + place[1][j]] + scale, 1e-4)
+            assert_close(actual[4 * i + j], alone + position[10 * place[0][i] + place[1][j]] + scale, 1e-4)
 
 
 def test_musiq_stem(networks):
@@ -496,8 +500,8 @@ def test_musiq_stem(networks):
         return groups.reshape(x.shape) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
 
     x = noise(1, 64, 8, 8)  # after a norm the unbiased deviation hardly shows; here it does
-    close(vbench.musiq_conv(networks["imaging_quality"][0], "block1.conv1", x)[0],
-          torch.from_numpy(convolve("block1.conv1", x[0].double().numpy())).float(), 1e-4)
+    expected = torch.from_numpy(convolve("block1.conv1", x[0].double().numpy())).float()
+    assert_close(vbench.musiq_conv(networks["imaging_quality"][0], "block1.conv1", x)[0], expected, 1e-4)
     tile = noise(3, 32, 32).double().numpy() * 1e-3  # faint, so that the first eps matters
     x = np.maximum(norm("gn_root", convolve("conv_root", tile, 2), 1e-6), 0)
     x = np.pad(x, ((0, 0), (0, 1), (0, 1)))
@@ -510,14 +514,16 @@ def test_musiq_stem(networks):
     token += w["transformer_encoder.posembed_input.position_emb"][0, 0]
     token += w["transformer_encoder.scaleembed_input.scale_emb"][2]
     actual = vbench.musiq_tokens(networks["imaging_quality"][0], torch.from_numpy(tile).float()[None], 2)
-    close(actual[0, 0], torch.from_numpy(token).float(), 1e-3)
+    assert_close(actual[0, 0], torch.from_numpy(token).float(), 1e-3)
 
 
 # RAFT and AMT
 
 def test_correlations_and_their_look_up():
     """Against loops over places, offsets and corners; offsets run down the columns, x first."""
-    a, b, radius = noise(2, 5, 6, 7), noise(3, 2, 5, 6, 7)[1], 2
+    a = noise(2, 5, 6, 7)
+    b = noise(3, 2, 5, 6, 7)[1]
+    radius = 2
     xy = noise(2, 2, 6, 7) * 3 + 2
     actual = vbench.look_up(vbench.correlations(a, b, levels=2), xy, radius)
 
@@ -543,7 +549,8 @@ def test_correlations_and_their_look_up():
 
 def test_amt_looks_where_the_other_flow_points(networks, monkeypatch):
     """From half way, a's map over b is searched at twice the flow to b, b's map over a at twice that to a."""
-    [weights], seen = networks["motion_smoothness"], []
+    [weights] = networks["motion_smoothness"]
+    seen = []
     plain = vbench.look_up
     monkeypatch.setattr(vbench, "look_up", lambda *given: (seen.append(given), plain(*given))[1])
     forth = vbench.correlations(*noise(2, 1, 84, 16, 16))
@@ -554,7 +561,7 @@ def test_amt_looks_where_the_other_flow_points(networks, monkeypatch):
     expectations = (forth, flow[:, 2:]), (back, flow[:, :2])
     for (pyramid, xy, radius), (expected, towards) in zip(seen, expectations, strict=True):
         assert pyramid is expected and radius == 3
-        close(xy, torch.stack((x, y))[None] + 2 * towards, 1e-5)
+        assert_close(xy, torch.stack((x, y))[None] + 2 * towards, 1e-5)
 
 
 def test_warping_takes_what_the_flow_points_at():
@@ -566,7 +573,8 @@ def test_warping_takes_what_the_flow_points_at():
 
 def test_amt_decoder_runs_its_side_path_on_the_last_channels():
     weights = filled(amt_shapes())
-    x, name = noise(1, 64, 6, 6), "decoder1.convblock"
+    x = noise(1, 64, 6, 6)
+    name = "decoder1.convblock"
 
     def prelu(part, x):
         return F.prelu(x, weights[f"{name}.{part}.weight"])
@@ -581,7 +589,7 @@ def test_amt_decoder_runs_its_side_path_on_the_last_channels():
     y[:, 40:] = prelu("1.conv4.1", convolve("1.conv4.0", y[:, 40:].clone()))
     y = prelu("1.prelu", x + convolve("1.conv5", y))
     y = F.conv_transpose2d(y, weights[f"{name}.2.weight"], weights[f"{name}.2.bias"], 2, 1)
-    close(vbench.amt_decoder(weights, "decoder1", noise(1, 64, 6, 6)), y, 1e-5)
+    assert_close(vbench.amt_decoder(weights, "decoder1", noise(1, 64, 6, 6)), y, 1e-5)
 
 
 def test_raft_s_last_step_mixes_coarse_neighbours(networks):
@@ -665,7 +673,7 @@ def peer_of(name, weights, *images):
 def test_peers(name, networks):
     given, network = whole_networks(networks)[name]
     theirs = peer_of(name, *given)
-    close(network(*given), theirs, 1e-4 * theirs.abs().max().item())
+    assert_close(network(*given), theirs, 1e-4 * theirs.abs().max().item())
     assert digest(theirs) == pytest.approx(PEERS[name], rel=1e-3, abs=1e-4)
 
 
@@ -767,7 +775,9 @@ def test_files_are_found_where_vbench_keeps_them(place, folder, tmp_path, monkey
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("sa_")])
 def test_wrong_files_are_refused(name, folder):
     dimension = next(d for d, (files, *_) in vbench.NETWORKS.items() if any(name in f for f in files))
-    path, weights, key = folder / name, hollow(PUBLISHED[name]), vbench.FILES[name].key
+    path = folder / name
+    weights = hollow(PUBLISHED[name])
+    key = vbench.FILES[name].key
 
     def refused(match, content=None):
         if content:
@@ -813,7 +823,8 @@ class Tower(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # OpenAI's files are what they are
 def test_clip_archives_and_plain_state_dicts_are_the_same(folder, monkeypatch):
-    path, weights = folder / "ViT-B-32.pt", filled(clip_shapes(128, 1, 32, 64))
+    path = folder / "ViT-B-32.pt"
+    weights = filled(clip_shapes(128, 1, 32, 64))
     monkeypatch.setitem(vbench.FILES, path.name, vbench.FILES[path.name]._replace(
         tensors=len(weights), shape=(128, 3, 32, 32)))
     halved = {k: v.half() for k, v in weights.items()} | {"logit_scale": torch.ones(())}
@@ -843,14 +854,15 @@ def test_raft_under_torchvision_s_names_is_the_same(folder, networks):
     assert official.keys() == other.keys() == weights.keys()
     assert all(torch.equal(other[k], v) and torch.equal(official[k], v) for k, v in weights.items())
     video = pan(3, 2.0, 128, 128)
-    scores = [run(scorer_of("dynamic_degree", [w]), video)["dynamic_degree"].value for w in (official, other)]
-    assert np.array_equal(*scores)
+    ours, theirs = (curves_of(scorer_of("dynamic_degree", [w]), video) for w in (official, other))
+    assert np.array_equal(ours["dynamic_degree"].value, theirs["dynamic_degree"].value)
 
 
 def test_opened_files_score_as_their_weights(folder, networks):
     torch.save({"state_dict": networks["motion_smoothness"][0]}, folder / "amt-s.pth")
     [scorer], _ = metrics.open_scorers(["motion_smoothness"], weights=folder)
     video = pan(5, 2.0, 128, 128)
-    opened = run(scorer, video)["motion_smoothness"]
-    given = run(scorer_of("motion_smoothness", networks["motion_smoothness"]), video)["motion_smoothness"]
+    opened = curves_of(scorer, video)["motion_smoothness"]
+    scorer = scorer_of("motion_smoothness", networks["motion_smoothness"])
+    given = curves_of(scorer, video)["motion_smoothness"]
     assert np.array_equal(opened.value, given.value) and 0 < opened.total < 1
