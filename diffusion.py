@@ -88,7 +88,8 @@ def renoise(velocity, x, sigmas, noise):
 def unipc(velocity, x, sigmas, noise=None):
     """UniPC of order 2 (B2, predicting x0) for flows: every step first corrects the one before it."""
     logsnr = [math.log(1 - s) - math.log(s) if s else math.inf for s in sigmas]
-    predictions, corrected, last = [], [], len(sigmas) - 1  # x0 predicted and x corrected, by step
+    last = len(sigmas) - 1
+    predictions, corrected = [], []  # x0 predicted and x corrected, by step
 
     def order(i):
         return min(2, i + 1, last - i)
@@ -127,10 +128,10 @@ SOLVERS = {"euler": euler, "heun": heun, "unipc": unipc, "renoise": renoise}
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a sampler is told."""
-    steps: int = 20  # of the solver, for each chunk
+    """The settings of a sampler."""
+    steps: int = 20  # solver steps per chunk
     shift: float = 8.0  # of the noise levels, as in training
-    guidance: float = 6.0  # towards the prompt; 1 is none
+    guidance: float = 6.0  # scale of the guidance towards the prompt; 1 is none
     solver: str = "euler"  # one of SOLVERS
     context_noise: float = 0.0  # the noise level finished frames are shown at (sigma_test)
     history: float = 0.0  # weight of history guidance; 0 is none
@@ -156,7 +157,8 @@ class History:
     """The frames of a window so far, in a KV cache that holds every branch of the guidance as one batch."""
 
     def __init__(self, model, cache, text, branches):
-        self.model, self.cache, self.text, self.shown = model, cache, text, 0  # shown: frames in the cache
+        self.model, self.cache, self.text = model, cache, text
+        self.shown = 0  # frames in the cache
         device = text.device
         self.levels = 1000.0 * torch.tensor([level for _, level, _ in branches], device=device)
         self.weights = torch.tensor([w for *_, w in branches], device=device).view(-1, 1, 1, 1, 1, 1)
@@ -200,7 +202,8 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
     reenter   a function of those frames, [B, keep, C, H, W], to what the next window is shown of them
     """
     schedule = text if isinstance(text[0], tuple) else [(0, text)]
-    batch, device = len(schedule[0][1]), model.device
+    batch = len(schedule[0][1])
+    device = model.device
     ids = list(range(batch)) if ids is None else ids
     begin = 0 if context is None else context.shape[1]
     branches = guidance_branches(sampling)
@@ -224,7 +227,9 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
             noise = torch.cat([draw("context", *place) for place in zip(starts, sizes, strict=True)], 1)
         history.show(x, sizes, noise)
 
-    history, origin, at = History(model, cache, texts[0][1], branches), 0, begin  # origin: the window's first
+    history = History(model, cache, texts[0][1], branches)
+    origin = 0  # the window's first frame
+    at = begin  # the chunk's first frame
     latest = torch.empty(batch, 0, *shape, device=device)
     if begin:
         latest = context.to(device, torch.float32)
@@ -233,7 +238,8 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
     while at < frames:
         size = min(chunk, frames - at)
         if at - origin + size > window:
-            origin, latest = at - keep, latest[:, -keep:]
+            origin = at - keep
+            latest = latest[:, -keep:]
             current = [rows for first, rows in texts if first <= at][-1]
             history = History(model, cache, current, branches)
             show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
@@ -254,7 +260,8 @@ def branch_text(rows, null, branches):
 
 def leading_sizes(frames: int, chunk: int) -> tuple[int, ...]:
     """A context's chunks: what does not fill one comes first, as an image does."""
-    return (frames % chunk,) * (frames % chunk > 0) + (chunk,) * (frames // chunk)
+    whole, rest = divmod(frames, chunk)
+    return ((rest,) if rest else ()) + (chunk,) * whole
 
 
 def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int):
@@ -278,7 +285,8 @@ class Film:
 
     def __init__(self, vae, keep: int, reentry: str = "first"):
         self.vae, self.keep, self.reentry = vae, keep, reentry
-        self.state, self.end = {}, None  # of the decoder; the video of the last `keep` latent frames
+        self.state = {}  # of the decoder
+        self.end = None  # the video of the last `keep` latent frames
 
     def show(self, latents):
         """The video of the next latents, [B, T, 3, H, W] in [-1, 1]."""
