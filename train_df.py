@@ -34,25 +34,10 @@ import model
 import vae
 from checkpoint import State, checkpoints, whole
 from common import UserError, print0
+from history import HISTORIES, draw_level
 
 CHUNK = 3  # latent frames
 NOISE_BINS = 10  # the loss is logged by noise level too, in bins of 100
-
-
-# Training modes: what a chunk sees of the chunks before it. Either them as they are being denoised, each at a
-# noise level of its own, or latents [B, F, C, H, W] that stand beside them
-
-def noisy_history(batch):
-    """Diffusion forcing. Bidirectional training too, where a clip is a single chunk."""
-    return None
-
-
-def clean_history(batch):
-    """Teacher forcing."""
-    return batch.x0
-
-
-HISTORIES = {"df": noisy_history, "tf": clean_history, "full": noisy_history}
 
 
 @dataclass
@@ -65,8 +50,8 @@ class Config:
     out: str | None = None
     # Wan directory whose VAE shows the previews (default: the one that made the clips)
     wan: str | None = None
-    # df: diffusion forcing; tf: teacher forcing, where a chunk sees its clean past; full: bidirectional, with
-    # one noise level for the whole clip
+    # df: diffusion forcing; tf: teacher forcing, where a chunk sees its clean past; rf: Resampling Forcing,
+    # where it sees the model's own version of its past; full: bidirectional, one noise level for a clip
     mode: Literal[*HISTORIES] = "df"
     steps: int = 16000  # Optimiser steps in all
     batch: int = 96  # Clips per step, over all GPUs
@@ -93,6 +78,12 @@ class Config:
     loss_weight: Literal["flat", "bell"] = "flat"
     # Seed clips kept out of training and rollouts; their loss can be compared between rounds
     held_out: int = data.HELD_OUT
+    # Mode rf. ar: the past is resampled chunk by chunk, each behind resampled ones; parallel: behind clean
+    # ones; noise: the past is only noised
+    rf_history: Literal["ar", "parallel", "noise"] = "ar"
+    rf_shift: float = 0.6  # Mode rf: shift of the noise levels from which the past is resampled
+    rf_steps: int = 1  # Mode rf: Euler steps from there to clean
+    rf_warmup: int = 0  # Mode rf: steps of teacher forcing before the first resampling
     seed: int = 0  # Seed of the order of clips, their noise, noise levels and dropped prompts
     log_every: int = 10  # Steps between lines of the log
     eval_every: int = 500  # Steps between measurements of the held-out loss
@@ -180,7 +171,7 @@ def train_step(cfg, state, micro, step: int, ranks):
 def errors(cfg, net, batch) -> torch.Tensor:
     """Eq. 2 for a flow: the squared error of every latent frame's predicted velocity, [B, F]."""
     x = diffusion.add_noise(batch.x0, batch.noise, batch.t)                                # Eq. 1
-    history = HISTORIES[cfg.mode](batch)
+    history = HISTORIES[cfg.mode](cfg, net, batch)
     v = net(x, batch.t, batch.text, chunk=batch.sizes, clean=history)
     return (v - diffusion.velocity(batch.x0, batch.noise)).square().mean((2, 3, 4))
 
@@ -216,6 +207,8 @@ class Batch(NamedTuple):
     chunk: torch.Tensor  # [F], the chunk a frame belongs to
     sizes: tuple[int, ...]  # of the chunks
     ids: list[str]
+    level: torch.Tensor | None = None  # mode rf: [B], the noise level from which the past is resampled, 0..1
+    level_noise: torch.Tensor | None = None  # like noise
 
     def to(self, device):
         return self._make(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self)
@@ -272,24 +265,34 @@ class Samples:
     def layout(self) -> tuple:
         """Who sees whom in training, for counting what it costs."""
         _, _, height, width = self.shape
-        beside = HISTORIES[self.cfg.mode] is not noisy_history
-        kind = model.teacher_layout if beside else model.causal_layout
+        kind = model.teacher_layout if self.cfg.mode in ("tf", "rf") else model.causal_layout
         return kind(self.sizes(None), height * width // model.PATCH**2)
 
     def micro_batch(self, share) -> Batch:
         step, positions = share
-        return self.batch([(self.at(p), ("sample", p)) for p in positions], self.sizes(step))
+        chosen = [(self.at(p), ("sample", p)) for p in positions]
+        return self.batch(chosen, self.sizes(step), warm=step >= self.cfg.rf_warmup)
 
-    def batch(self, chosen, sizes, held_out=False) -> Batch:
-        """chosen: [(clip, names of its randomness), ...]."""
+    def batch(self, chosen, sizes, held_out=False, warm=True) -> Batch:
+        """chosen: [(clip, names of its randomness), ...]; warm: mode rf is beyond its warm-up."""
         rows = [self.sample(i, sizes, names, held_out) for i, names in chosen]
         *tensors, texts, ids = zip(*rows, strict=True)
         stacked = [torch.stack(x) for x in tensors]
         stacked.append(model.pad_text(texts))
         stacked.append(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
+        resampling = []
+        if self.cfg.mode == "rf" and warm:
+            draws = [self.resampling(sizes, names) for _, names in chosen]
+            resampling = [torch.stack(x) for x in zip(*draws, strict=True)]
         if torch.cuda.is_available():
             stacked = [x.pin_memory() for x in stacked]
-        return Batch(*stacked, sizes, list(ids))
+            resampling = [x.pin_memory() for x in resampling]
+        return Batch(*stacked, sizes, list(ids), *resampling)
+
+    def resampling(self, sizes, names):
+        """A clip's level and noise for mode rf."""
+        g = common.rng(self.cfg.seed, "resampling", *names)
+        return draw_level(g, self.cfg.rf_shift), torch.randn(sum(sizes), *self.shape[1:], generator=g)
 
     def sample(self, i: int, sizes, names, held_out: bool):
         """x0, noise, t, mask, weight, text, id of a clip."""
@@ -359,14 +362,16 @@ def complete(cfg: Config, ranks) -> Config:
 
 def check(cfg: Config, samples: Samples, ranks):
     """Refuses what cannot be trained, before anything large is loaded."""
-    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep")
-    for name in (*positive, "prefix", "held_out"):
+    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep", "rf_steps")
+    for name in (*positive, "prefix", "held_out", "rf_warmup"):
         least = 1 if name in positive else 0
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
     for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share is from 0 to 1")
+    if cfg.rf_shift <= 0:
+        raise UserError(f"--rf-shift {cfg.rf_shift}: a shift is above 0; 1 leaves noise levels as they are")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: a decay is at least 0 (no average) and below 1")
     if cfg.batch % ranks.world:

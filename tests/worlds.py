@@ -132,6 +132,18 @@ def identity(folder) -> dict:
     return {p: (s.st_ino, s.st_mtime_ns, s.st_size, s.st_nlink) for p, s in stats.items()}
 
 
+def lose_a_clip(make) -> Path:
+    """make() fills a store, loses a clip, and must make that again, with the same bytes, and nothing else."""
+    out = make()
+    before, files = tree(out), identity(out / "clips")
+    lost = sorted(files)[1]
+    lost.unlink()
+    make()
+    assert tree(out) == before
+    assert [p for p, file in identity(out / "clips").items() if files[p] != file] == [lost]
+    return out
+
+
 @contextlib.contextmanager
 def umask(mask: int):
     before = os.umask(mask)
