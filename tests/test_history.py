@@ -11,8 +11,9 @@ import history
 import model
 from train_df import Samples, clip_losses, errors
 
+world = test_train.world  # a fixture
 
-def rf_batch(world, count=2, **flags):  # noqa: F811
+def rf_batch(world, count=2, **flags):
     samples = Samples(config(world, data="agg_1", mode="rf", **flags))
     return samples, samples.batch([(samples.at(p), ("sample", p)) for p in range(count)], samples.sizes(0))
 
@@ -30,7 +31,7 @@ def test_levels_are_logit_normal_and_shifted():
         assert (levels.quantile(shares) - expected).abs().max() < 0.025
 
 
-def test_a_level_of_one_is_a_rollout(world):  # noqa: F811
+def test_a_level_of_one_is_a_rollout(world):
     """From pure noise, in one step, the past is what generate() makes of the same noise."""
     net = model.load(world / "init")
     samples, batch = rf_batch(world, count=1, rf_shift=0.6)
@@ -48,7 +49,7 @@ def test_a_level_of_one_is_a_rollout(world):  # noqa: F811
         assert relative(past[:, :12], expected) < 1e-5
 
 
-def test_resampling_by_hand(world):  # noqa: F811
+def test_resampling_by_hand(world):
     """Without a cache: each chunk denoised at the end of a whole forward pass over its past."""
     net = model.load(world / "init")
     samples, batch = rf_batch(world, rf_steps=2)
@@ -71,7 +72,7 @@ def test_resampling_by_hand(world):  # noqa: F811
             assert relative(made[:, first:first + 3], x) < 1e-5, first
 
 
-def test_no_gradient_passes_through_the_past(world):  # noqa: F811
+def test_no_gradient_passes_through_the_past(world):
     net = model.load(world / "init").train()
     samples, batch = rf_batch(world)
     for kind in ("ar", "parallel", "noise"):
@@ -83,7 +84,7 @@ def test_no_gradient_passes_through_the_past(world):  # noqa: F811
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_a_level_of_zero_is_teacher_forcing(world):  # noqa: F811
+def test_a_level_of_zero_is_teacher_forcing(world):
     net = model.load(world / "init")
     samples, batch = rf_batch(world, rf_warmup=2)
     teacher = Samples(config(world, data="agg_1", mode="tf"))
@@ -97,7 +98,7 @@ def test_a_level_of_zero_is_teacher_forcing(world):  # noqa: F811
     assert relative(errors(samples.cfg, net, later), expected) > 1e-3
 
 
-def test_corrective_clips_train_in_every_mode(world):  # noqa: F811
+def test_corrective_clips_train_in_every_mode(world):
     """The prefix is shown clean, or resampled, as the mode says, and carries no loss."""
     net = model.load(world / "init")
     for mode in ("df", "tf", "rf"):
@@ -111,7 +112,7 @@ def test_corrective_clips_train_in_every_mode(world):  # noqa: F811
         assert not torch.equal(loss, again), "the prefix is seen"
 
 
-def test_runs_in_mode_rf(world, tmp_path):  # noqa: F811
+def test_runs_in_mode_rf(world, tmp_path):
     """Micro-batches, ranks and a stop change nothing; nor does recomputing activations."""
     knobs = dict(data="agg_1", mode="rf", steps=6, rf_warmup=2, rf_steps=2, ema=0.9)
     run(config(world, tmp_path / "a", **knobs))
@@ -126,7 +127,7 @@ def test_runs_in_mode_rf(world, tmp_path):  # noqa: F811
     assert model.settings(tmp_path / "a")["mode"] == "rf"
 
 
-def test_it_learns_by_resampling(world, tmp_path):  # noqa: F811
+def test_it_learns_by_resampling(world, tmp_path):
     fill_store(tmp_path / "agg", ["seed"] * 64, (15, 4, 4, 4), smooth=True)
     run(config(world, tmp_path / "out", mode="rf", rf_warmup=50, steps=150, batch=4, micro=4, lr=3e-3,
                held_out=8, log_every=50, eval_every=150, save_every=1000, data=tmp_path / "agg"))
