@@ -1,8 +1,9 @@
 """Training modes: the past that a chunk is shown, beside the same computed in another way."""
 
 import pytest
+import test_train
 import torch
-from test_train import close_runs, config, flags_of, lines, run, same_run, world  # noqa: F401 (a fixture)
+from test_train import close_runs, config, flags_of, lines, run, same_run
 from worlds import call, fill_store, relative
 
 import common
@@ -12,6 +13,7 @@ import model
 from train_df import Samples, clip_losses, errors
 
 world = test_train.world  # a fixture
+
 
 def rf_batch(world, count=2, **flags):
     samples = Samples(config(world, data="agg_1", mode="rf", **flags))
