@@ -1,10 +1,11 @@
-"""Stage 3: agg_k/ + rollout_k/ -> agg_{k+1}/, the clips so far and the rollouts played backwards.
+"""Stage 3: agg_k/ + rollout_k/ -> agg_{k+1}/, the clips so far and the reversed rollouts.
 
     python aggregate.py --rollouts rollout_0                with agg_0 beside it, into agg_1
     torchrun --nproc-per-node 8 aggregate.py ...            the same on 8 GPUs
 
-A rollout drifts from real to wrong. Backwards it is a video that comes right, and its prompt says that it is
-reversed. The clips so far are referred to where they are, not copied. Killed and started again it continues.
+A rollout drifts away from real video. Reversed, it is a corrective clip, which leads from drifted to real
+video, and its prompt says that it is reversed. The clips so far are not copied: agg_{k+1} refers to their
+files. Killed and started again it continues.
 """
 
 import itertools
@@ -24,10 +25,9 @@ import t5
 import vae
 from common import UserError, print0
 
-CHUNK = 3  # latent frames; a rollout's first chunk is real
-GEOMETRY = ("latents", "width", "height", "frames", "fps", "vae", "t5")  # all clips of a store share these
+CHUNK = 3  # latent frames; the first chunk of a rollout is real
 TEMPLATE = "A reversed video of {}"
-# captions that speak of the video: behind the template the word would stand twice
+# captions that speak of "the video" themselves: the template would repeat the word
 SELF_DESCRIBED = re.compile(
     r"((?:in )?(?:the|this|a) )(?=video(?:,| (?:of|in which|showing|is|has|shows|captures|features|depicts"
     r"|presents|showcases|displays|portrays|highlights|begins|starts|opens|focuses|follows)\b))", re.I)
@@ -35,56 +35,54 @@ SELF_DESCRIBED = re.compile(
 
 @dataclass
 class Config:
-    rollouts: str  # rollout_k, which becomes corrective clips of round k + 1
-    data: str | None = None  # the clips so far (default: agg_k beside rollout_k)
-    # where the clips of round k + 1 go; beside --data, for it refers to those clips by relative path
-    # (default: agg_{k+1} there)
+    rollouts: str  # Folder of rollouts (rollout_k), to become corrective clips of round k + 1
+    data: str | None = None  # Folder of the clips so far (default: agg_k beside rollout_k)
+    # Folder for the clips of round k + 1, beside --data, whose clips it refers to (default: agg_{k+1} beside
+    # rollout_k)
     out: str | None = None
-    wan: str | None = None  # Wan directory: its VAE, text encoder and tokenizer (default: that of --data)
-    # the new prompt, where {} is the old one with its first letter in lower case; by default a caption that
-    # speaks of "the video" itself then speaks of "the reversed video"
+    # Wan directory with the VAE, text encoder and tokenizer (default: the one that made the clips)
+    wan: str | None = None
+    # Prompt of a reversed clip; {} stands for the old prompt, with a lower-case first letter. By default,
+    # prompts such as "The video shows ..." become "The reversed video shows ..." instead
     template: str = TEMPLATE
-    rewrite: bool = True  # the prompt; an ablation keeps it as it is
-    # what is played backwards; latents, an ablation, is wrong: each holds 4 frames, which stay in their order
+    rewrite: bool = True  # Rewrite the prompts; --no-rewrite keeps them, as an ablation
+    # What is reversed: pixels or, as an ablation, latents, each of which keeps its 4 frames in order
     flip: Literal["pixels", "latents"] = "pixels"
-    # an ablation: the --videos of prepare.py, whose own pixels replace what the VAE shows of a rollout's real
-    # frames
+    # As an ablation, the --videos of prepare.py: a rollout's real frames are read from there, not decoded
     paste_real: str | None = None
-    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Literal["float32", "bfloat16"] | None = None
-    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+    device: str | None = None  # cuda or cpu (default: cuda if available)
 
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
-    cfg = replace(cfg, data=cfg.data or common.neighbour(cfg.rollouts, "agg", "data"),
+    cfg = replace(common.for_device(cfg, ranks.device),
+                  data=cfg.data or common.neighbour(cfg.rollouts, "agg", "data"),
                   out=cfg.out or common.neighbour(cfg.rollouts, "agg", "out", later=1))
-    clips, rollouts, out = data.Clips(cfg.data), data.Clips(cfg.rollouts), Path(cfg.out)
-    cfg = replace(cfg, wan=cfg.wan or clips.meta()["wan"],
-                  dtype=cfg.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    clips = data.Clips(cfg.data)
+    rollouts = data.Clips(cfg.rollouts)
     check(cfg, clips, rollouts)
+    cfg = replace(cfg, wan=clips.wan(cfg.wan, ("vae", "t5")))
     entries = [entry(cfg, rollout) for rollout in rollouts]
-    check_new(cfg, clips, rollouts, entries)
-    store, dtype = data.Writer(out, ranks, describe(cfg, clips, rollouts)), getattr(torch, cfg.dtype)
+    check_entries(cfg, clips, entries, rollouts)
+    store = data.Writer(cfg.out, ranks, describe(cfg, clips, rollouts))
     todo = [j for j in range(ranks.rank, len(entries), ranks.world) if not store.has(entries[j]["id"])]
-    print0(f"{len(entries)} rollouts; {len(todo)} to reverse"
-           + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
+    print0(f"{len(entries)} rollouts; {len(todo)} to reverse" + common.share_of(ranks))
     with store.keeping():
-        if cfg.rewrite:
-            prompts = {new["id"]: new["prompt"] for new in entries}
-            store.stage_texts(prompts, lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
-        coder = vae.load(cfg.wan, ranks.device, dtype)
-        reverse_rollouts(cfg, clips, rollouts, entries, todo, store, coder, ranks)
+        reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks)
         finish(clips, entries, store, ranks)
     counts = Counter(clips.kinds) + Counter(corrective=len(entries))
-    print0(f"{counts.total()} clips in {out}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    print0(f"{counts.total()} clips in {store.folder}: "
+           + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
 
 
 # ----------------------------------------------------------------------------------------------------
-# the method: what is drifted -> real, and its prompt
+# the method: reversed rollouts and their prompts
 
 def reverse(latents: torch.Tensor, coder: vae.WanVAE, flip="pixels", real=None) -> torch.Tensor:
-    """A rollout [B,F,C,H,W] played backwards: decoded, turned round in time, encoded.
+    """The reversal of section 3.2 and Algorithm 1: a rollout (x^1, x^2:N) becomes the corrective video
+    (x^N:2, x^1). Its latents [B,F,C,H,W] are decoded, reversed in time as pixels, and encoded.
 
     The VAE is causal: latent 0 holds frame 0 alone, latent n frames 4n - 3..4n. Of 81 frames, 0-8 are real:
 
@@ -92,8 +90,8 @@ def reverse(latents: torch.Tensor, coder: vae.WanVAE, flip="pixels", real=None) 
         backward    80-72   71-60   59-48   47-36   35-24   23-12   11-0     4 of clean prefix, 3 with loss
 
     Backwards, latent 18 holds frames 11, 10, 9 and 8, and only 19 and 20 are all real. No latent of one is
-    a latent of the other: flipping latents is something else. Pixels stay unrounded floats in between.
-    real [B,T,3,H,W] takes the place of the first frames decoded.
+    a latent of the other, so reversing latents is not the same. Pixels are not rounded in between.
+    real [B,T,3,H,W] replaces the first frames that the VAE decodes.
     """
     if flip == "latents":
         return latents.flip(1)
@@ -104,7 +102,7 @@ def reverse(latents: torch.Tensor, coder: vae.WanVAE, flip="pixels", real=None) 
 
 
 def rewritten(prompt: str, template: str) -> str:
-    """ModifyPrompt of Algorithm 1. Only an ordinary word loses its capital: "The", not "NASA" or "I"."""
+    """ModifyPrompt of Algorithm 1. Of first words, "The" is put in lower case, but not "NASA" or "I"."""
     if template == TEMPLATE and SELF_DESCRIBED.match(prompt):
         return SELF_DESCRIBED.sub(r"\1reversed ", prompt, count=1)
     if prompt.startswith("A ") or prompt[1:2].islower():
@@ -113,18 +111,30 @@ def rewritten(prompt: str, template: str) -> str:
 
 
 def entry(cfg: Config, rollout: dict) -> dict:
-    """The corrective clip of a rollout: made by model_k, it first trains model_{k+1}, which is its round."""
+    """The index entry of an element of D_k in Algorithm 1: a corrective clip and its prompt c'. Its round is
+    k + 1, the first whose model is trained on it."""
     assert rollout["kind"] == "rollout", f"{rollout['id']} is reversed already"
     id = f"{rollout['id']}-reversed"
     prompt = rewritten(rollout["prompt"], cfg.template) if cfg.rewrite else rollout["prompt"]
     return data.index_entry(id, prompt, "corrective", rollout["round"] + 1, rollout["id"])
 
 
+def finish(clips, entries, store, ranks):
+    """D_agg <- D_agg + D_k, the end of a round in Algorithm 1: an index of the clips so far, which stay where
+    they are, and of the new ones."""
+    if ranks.rank == 0:
+        with common.replacing(store.folder / "empty.safetensors") as temporary:
+            shutil.copyfile(clips.empty_prompt(), temporary)
+    here = store.folder.resolve()
+    so_far = (clip | {"file": os.path.relpath(clips.locate(clip), here)} for clip in clips)
+    store.finish(itertools.chain(so_far, entries))
+
+
 # ----------------------------------------------------------------------------------------------------
-# around it
+# checks and files
 
 def check(cfg: Config, clips: data.Clips, rollouts: data.Clips):
-    """Does all fit together?"""
+    """Refuses flags and folders that do not fit together."""
     out = Path(cfg.out).resolve()
     for flag, store in (("--data", clips), ("--rollouts", rollouts)):
         if out == store.folder.resolve():
@@ -137,23 +147,17 @@ def check(cfg: Config, clips: data.Clips, rollouts: data.Clips):
     if cfg.paste_real and cfg.flip == "latents":
         raise UserError("--paste-real and --flip latents are both given; without pixels there is nowhere to "
                         "paste")
-    if not (clips.folder / "empty.safetensors").exists():
-        raise UserError(f"{clips.folder / 'empty.safetensors'} is missing; run prepare.py again, or copy it "
-                        "from agg_0")
+    clips.empty_prompt()
     if other := set(rollouts.kinds) - {"rollout"}:
         raise UserError(f"{cfg.rollouts} holds {other.pop()} clips; give --rollouts what rollout.py makes")
-    made, meta = rollouts.meta(), clips.meta()
-    for key in GEOMETRY:
-        if made[key] != meta[key]:
-            raise UserError(f"{cfg.rollouts} was made with {key} = {made[key]}, {cfg.data} with {meta[key]}; "
-                            "aggregate rollouts of the same data")
-    for key, files in (("vae", vae.find(Path(cfg.wan))[0]), ("t5", t5.find_weights(cfg.wan))):
-        if common.fingerprint(*files) != meta[key]:
-            raise UserError(f"{cfg.wan} has another {key} than {cfg.data} was made with; give --wan "
-                            f"{meta['wan']}")
+    for key in data.SHARED:
+        if rollouts.meta()[key] != clips.meta()[key]:
+            raise UserError(f"{cfg.rollouts} was made with {key} = {rollouts.meta()[key]}, {cfg.data} with "
+                            f"{clips.meta()[key]}; aggregate rollouts of the same data")
 
 
-def check_new(cfg, clips, rollouts, entries):
+def check_entries(cfg, clips, entries, rollouts):
+    """Refuses rollouts that are part of the clips already, or continue other clips."""
     kinds = {clip["id"]: clip["kind"] for clip in clips}
     for rollout, new in zip(rollouts, entries, strict=True):
         if new["id"] in kinds:
@@ -166,8 +170,8 @@ def check_new(cfg, clips, rollouts, entries):
 
 def describe(cfg, clips, rollouts) -> dict:
     """How all new clips are made."""
-    before = clips.meta()
-    return {key: before[key] for key in (*GEOMETRY, "seed")} | {
+    meta = clips.meta()
+    return {key: meta[key] for key in (*data.SHARED, "seed")} | {
         "wan": str(Path(cfg.wan).resolve()),
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "rollouts": str(rollouts.folder.resolve()),
@@ -176,11 +180,18 @@ def describe(cfg, clips, rollouts) -> dict:
         "paste_real": cfg.paste_real and str(Path(cfg.paste_real).resolve()), "dtype": cfg.dtype}
 
 
-def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, coder, ranks):
+def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks):
+    """Writes the corrective clips of the rollouts whose indices are in todo."""
+    dtype = getattr(torch, cfg.dtype)
+    if cfg.rewrite:
+        prompts = {new["id"]: new["prompt"] for new in entries}
+        store.stage_texts(prompts, lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
+    coder = vae.load(cfg.wan, ranks.device, dtype)
     videos = {source.id: source.path for source in data.find_clips(cfg.paste_real)} if cfg.paste_real else {}
     with common.progress(len(todo), "clips", ranks) as bar:
         for j in todo:
-            rollout, new = rollouts.load(j), entries[j]
+            rollout = rollouts.load(j)
+            new = entries[j]
             real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
             latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
             text = store.staged_text(new["id"]) if cfg.rewrite else rollout["text"]
@@ -189,24 +200,13 @@ def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, coder, ranks):
 
 
 def read_real(cfg, videos, id, meta, coder) -> torch.Tensor:
-    """[1,T,3,H,W], the first chunk of a seed clip: the very crop that prepare.py made."""
+    """The pixels of a seed clip's first chunk, [1,T,3,H,W]."""
     if id not in videos:
         raise UserError(f"--paste-real {cfg.paste_real} has no video of clip {id}; give what prepare.py was "
                         "given as --videos")
-    video = data.probe(videos[id])
-    start = data.random_start(video, meta["frames"], meta["fps"], meta["seed"], id)
-    size = meta["width"], meta["height"]
-    return data.to_float(data.read_clip(video, coder.frame_count(CHUNK), meta["fps"], size, start)[None])
-
-
-def finish(clips, entries, store, ranks):
-    """The clips so far, referred to where they are, and the new ones."""
-    if ranks.rank == 0:
-        with common.replacing(store.folder / "empty.safetensors") as temporary:
-            shutil.copyfile(clips.folder / "empty.safetensors", temporary)
-    here = store.folder.resolve()
-    so_far = (old | {"file": os.path.relpath(clips.locate(old), here)} for old in clips)
-    store.finish(itertools.chain(so_far, entries))
+    geometry = data.Geometry(*(meta[name] for name in data.Geometry._fields))
+    pixels = data.read_seed_clip(videos[id], id, geometry, meta["seed"], coder.frame_count(CHUNK))
+    return data.to_float(pixels[None])
 
 
 if __name__ == "__main__":

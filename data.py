@@ -1,4 +1,4 @@
-"""Clips on disk: videos in and out, captions, the store of clips that stages share, the order of training."""
+"""Reading and writing videos, captions, the store of clips that the stages share, the order of training."""
 
 import contextlib
 import csv
@@ -28,6 +28,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 import common
+import t5
+import vae
 from common import UserError, open_weights, read_json, replacing, rng, save_tensors
 
 
@@ -44,13 +46,13 @@ def to_float(video: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------
-# videos in: all times are exact fractions of a second, counted from the first frame
+# reading videos: all times are exact fractions of a second, counted from the first frame
 
 class Video(NamedTuple):
     path: Path
-    duration: Fraction  # of the picture; the sound may be longer
+    duration: Fraction  # of the video stream; the sound may be longer
     fps: Fraction  # on average
-    width: int  # as shown: upright, with square pixels
+    width: int  # as displayed: upright, with square pixels
     height: int
     first: int  # timestamp of the first frame
 
@@ -61,7 +63,7 @@ class Video(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path):
-    """(container, its video stream); whatever PyAV cannot read becomes a UserError."""
+    """Yields (container, its video stream). What PyAV cannot read becomes a UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is a folder, not a video" if path.is_dir() else f"no such file: {path}")
@@ -69,7 +71,7 @@ def opened(path):
         raise UserError(f"{path} is empty (0 bytes)")
     try:
         with av.open(str(path)) as container:
-            # the cover picture of a song counts as a video stream too
+            # a cover picture is listed as a video stream too
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise UserError(f"{path} has no video stream")
@@ -80,13 +82,15 @@ def opened(path):
 
 
 def probe(path) -> Video:
-    """What a file really holds: decodes its first frame, and reads the packets from the last key frame on."""
+    """The properties of a video. Decodes its first frame and reads the packets from the last key frame on, so
+    that a truncated file is noticed."""
     with opened(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None or frame.pts is None:
             raise UserError(f"{path} cannot be read as a video: it has no frame with a time")
-        claimed, tick = Fraction(container.duration or 0, av.time_base), stream.time_base
-        known = bool(claimed and stream.average_rate)  # else (as browsers record) every packet is read
+        claimed = Fraction(container.duration or 0, av.time_base)
+        tick = stream.time_base
+        known = bool(claimed and stream.average_rate)  # not in browsers' recordings: every packet is read
         container.seek(frame.pts + (math.ceil(claimed / tick) if known else 0), stream=stream)
         packets = [p for p in container.demux(stream) if p.pts is not None and not p.is_discard]
         if not packets or any(p.is_corrupt for p in packets):  # a packet cut short is corrupt
@@ -101,7 +105,7 @@ def probe(path) -> Video:
 
 
 def end(shown, first: int, tick: Fraction, fps: Fraction) -> Fraction:
-    """When a frame or packet stops being shown; few containers tell for the last one."""
+    """The time at which a frame or packet stops being shown. Few containers record it for the last one."""
     return (shown.pts - first) * tick + (shown.duration * tick if shown.duration else 1 / fps)
 
 
@@ -115,7 +119,7 @@ def shown_size(frame, stream) -> tuple[int, int]:
 
 
 def turns(frame) -> int:
-    """Quarter turns, counter-clockwise, that put a phone's picture upright."""
+    """Quarter turns, counter-clockwise, that rotate a phone's video upright."""
     return round(frame.rotation / 90) % 4
 
 
@@ -125,48 +129,54 @@ def fit(frame, stream, size, scaler: VideoReformatter) -> torch.Tensor:
     wanted = shown if size is None else size[::-1] if turns(frame) % 2 else size
     scale = max(w / s for w, s in zip(wanted, shown, strict=True))
     width, height = (max(w, round(s * scale)) for w, s in zip(wanted, shown, strict=True))
-    # swscale's bicubic widens its kernel when it shrinks, so nothing aliases
+    # swscale widens its bicubic kernel when it shrinks an image, which avoids aliasing
     image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    left, top = (width - wanted[0]) // 2, (height - wanted[1]) // 2
+    left = (width - wanted[0]) // 2
+    top = (height - wanted[1]) // 2
     image = np.rot90(image[top:top + wanted[1], left:left + wanted[0]], turns(frame))
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def decode_from(container, stream, pts: int, first: int) -> Iterator[av.VideoFrame]:
-    """Frames in order, from the last key frame that is not after pts."""
+    """Frames in order, from the last key frame at or before pts."""
     back = 0
     while True:
         container.seek(max(pts - back, first), stream=stream)
         frames = container.decode(stream)
         frame = next(frames, None)
-        # mp4 looks key frames up by decoding time, and may land after pts: try again, further back
+        # mp4 looks up key frames by decoding time and may land after pts: try again, further back
         if frame is None or frame.pts <= pts or pts - back <= first:
             return itertools.chain([] if frame is None else [frame], frames)
         back = 2 * back + math.ceil(1 / stream.time_base)
 
 
 def read_frames(video: Video, fps=None, size=None, start: int = 0) -> Iterator[torch.Tensor]:
-    """Streams uint8 [3,H,W]: every frame, or with fps those shown at start / fps, (start + 1) / fps, ..."""
+    """Yields uint8 [3,H,W]: every frame, or with fps those shown at start / fps, (start + 1) / fps, ..."""
     with opened(video.path) as (container, stream):
-        tick, scaler = stream.time_base, VideoReformatter()  # set up once: costlier than a small frame
+        tick = stream.time_base
+        scaler = VideoReformatter()  # one for all frames: its setup costs more than scaling a small frame
         if fps is None:
             yield from (fit(frame, stream, size, scaler) for frame in container.decode(stream))
             return
-        due, held = start / Fraction(fps), None  # the instant to show next, the frame on show
+        due = start / Fraction(fps)  # the time of the next frame to yield
+        shown = None  # the frame on display
         frames = decode_from(container, stream, video.first + math.floor(due / tick), video.first)
         for frame in itertools.chain(frames, [None]):
-            if held is not None:
-                if frame and frame.pts <= held.pts:
+            if shown is not None:
+                if frame and frame.pts <= shown.pts:
                     raise UserError(f"{video.path}: its frames have no usable times; convert it to mp4")
-                until = (frame.pts - video.first) * tick if frame else end(held, video.first, tick, video.fps)
+                if frame:
+                    until = (frame.pts - video.first) * tick
+                else:
+                    until = end(shown, video.first, tick, video.fps)
                 while due + slack(tick) < until:
-                    yield fit(held, stream, size, scaler)
+                    yield fit(shown, stream, size, scaler)
                     due += 1 / Fraction(fps)
-            held = frame
+            shown = frame
 
 
 def count_crops(video: Video, frames: int, fps) -> int:
-    """How many places a crop of that many frames has; a video that is too slow or too short is refused."""
+    """The number of possible starts of a crop of this many frames. Refuses a video too slow or too short."""
     if video.fps < fps * 0.995:  # 15.98 fps is 16
         raise UserError(f"{video.path}: its {float(video.fps):.4g} fps is below {float(fps):.4g}")
     available = math.ceil((video.duration - Fraction(1, 1000)) * Fraction(fps))
@@ -177,12 +187,12 @@ def count_crops(video: Video, frames: int, fps) -> int:
 
 
 def random_start(video: Video, frames: int, fps, *names) -> int:
-    """Where the crop named by e.g. (seed, clip id) starts: read_clip's start."""
+    """A start for read_clip, determined by names, such as (seed, clip id)."""
     return int(torch.randint(count_crops(video, frames, fps), (), generator=rng("crop", *names)))
 
 
 def read_clip(video: Video, frames: int = 81, fps=16, size=None, start: int = 0) -> torch.Tensor:
-    """uint8 [T,3,H,W], nothing decoded beyond it; start counts frames at fps, from the end if negative."""
+    """A crop, uint8 [T,3,H,W]; start counts frames at fps, from the end if negative. Decodes no further."""
     crops = count_crops(video, frames, fps)
     start = start if start >= 0 else crops + frames - 1 + start
     assert 0 <= start < crops, f"start {start} of {crops} possible ones"
@@ -203,10 +213,10 @@ def read_image(path, size=None) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------
-# videos out
+# writing videos and pictures
 
 def write_video(path, pieces: Iterable[torch.Tensor], *args, **kwargs):
-    """All of a video; the rest is as for writing()."""
+    """Writes a whole video; further arguments are those of writing()."""
     with writing(path, *args, **kwargs) as write:
         for piece in pieces:
             write(piece)
@@ -214,16 +224,17 @@ def write_video(path, pieces: Iterable[torch.Tensor], *args, **kwargs):
 
 @contextlib.contextmanager
 def writing(path, fps, tags: dict | None = None, crf: int = 18, preset: str = "medium"):
-    """Yields a function that takes the next frames, [3,H,W] or [T,3,H,W], uint8 or in [-1, 1], of an h264 mp4
-    that carries tags. The file appears when all have been written."""
+    """Yields a function that appends frames, [3,H,W] or [T,3,H,W], uint8 or in [-1, 1], to an h264 mp4 that
+    carries tags. The file appears when all have been written."""
     tags = tags or {}
     try:
         with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4",
                                                    container_options={"movflags": "+faststart"}) as container:
-            # these two keys every player shows; a tag set after the first packet would be lost
+            # players show these two keys; what is set after the first packet would be lost
             container.metadata["title"] = str(tags.get("prompt", ""))
             container.metadata["comment"] = json.dumps(tags, ensure_ascii=False)
-            stream, scaler = None, VideoReformatter()
+            stream = None
+            scaler = VideoReformatter()
 
             def write(piece):
                 nonlocal stream
@@ -248,39 +259,44 @@ def as_frames(piece: torch.Tensor) -> Iterator[av.VideoFrame]:
 def new_stream(container, frame, fps, crf, preset):
     if frame.width % 2 or frame.height % 2:
         raise UserError(f"h264 needs an even width and height, not {frame.width}x{frame.height}")
-    # PyAV takes no float; h264 times are whole ticks, and 1001 holds all broadcast rates. With mbtree, x264
-    # encodes a small picture otherwise once in a few hundred times
+    # PyAV takes no float, and denominators up to 1001 cover all broadcast rates. With mbtree, x264 is not
+    # deterministic: once in a few hundred times it encodes a small picture differently
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={
         "crf": str(crf), "preset": preset, "x264-params": "mbtree=0"})
-    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-    codec = stream.codec_context  # unsaid, players guess the colour matrix from the size
+    stream.width = frame.width
+    stream.height = frame.height
+    stream.pix_fmt = "yuv420p"
+    codec = stream.codec_context  # without these, players guess the colour matrix from the size
     codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
     codec.color_range = 1  # 16..235
     return stream
 
 
 def read_tags(path) -> dict:
-    """What write_video stored; empty for videos of other origin."""
+    """The tags that writing() stored; empty for videos from elsewhere."""
     with opened(path) as (container, _):
         try:
             tags = json.loads(container.metadata.get("comment", ""))
-        except ValueError:  # anybody's comment
+        except ValueError:  # an ordinary comment
             return {}
         return tags if isinstance(tags, dict) else {}
 
 
 def write_png(path, image: torch.Tensor):
-    """image [3,H,W], uint8 or in [-1, 1]."""
+    """Writes an image [3,H,W], uint8 or in [-1, 1]."""
     [frame] = as_frames(image)
     codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
+    codec.width = frame.width
+    codec.height = frame.height
+    codec.pix_fmt = "rgb24"
     codec.time_base = Fraction(1)
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode()))
 
 
 def film_strip(path, rows: list[torch.Tensor], height: int | None = None, gap: int = 4):
-    """A PNG with a row of frames for each video [T,3,H,W], shrunk to that height; white fills short rows."""
+    """Writes a PNG with a row of frames for each video [T,3,H,W], resized to this height; short rows are
+    filled with white."""
     strips = []
     for row in rows:
         if height:
@@ -307,7 +323,7 @@ class Source(NamedTuple):
 
 
 def find_clips(source, caption_key: str | None = None) -> list[Source]:
-    """The videos of a folder, or of a .jsonl / .csv list, by id. Files are not opened and may be missing."""
+    """The videos of a folder or of a .jsonl / .csv list, by id. Files are not opened and may be missing."""
     source = Path(source)
     if not source.exists():
         raise UserError(f"no such folder: {source}")
@@ -315,10 +331,10 @@ def find_clips(source, caption_key: str | None = None) -> list[Source]:
     table = next((t for t in tables if t.exists()), None)
     if caption_key and not table:
         raise UserError(f"caption key {caption_key!r} needs a metadata.jsonl or metadata.csv in {source}")
-    found = list_rows(table, caption_key) if table else list_folder(source)
+    listed = list_rows(table, caption_key) if table else list_folder(source)
     folder = source if source.is_dir() else source.parent
     clips = {}
-    for path, caption in found:
+    for path, caption in listed:
         name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
         clip = Source(clip_id(name), path, (caption or "").strip() or None)
         if clip.id in clips:
@@ -333,7 +349,7 @@ def find_clips(source, caption_key: str | None = None) -> list[Source]:
 
 
 def clip_id(name: str) -> str:
-    """A file name that depends on the relative path alone and differs for different paths."""
+    """An id that is a valid file name, depends on the relative path alone and differs between paths."""
     if re.fullmatch(r"\w[\w-]{,99}\.mp4", name, re.ASCII):
         return name.removesuffix(".mp4")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:60].strip("-")
@@ -342,14 +358,14 @@ def clip_id(name: str) -> str:
 
 def list_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
     for path in folder.rglob("*"):
-        # macOS leaves ._clip.mp4 on foreign disks
+        # macOS writes ._clip.mp4 beside clip.mp4 on other file systems
         if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
             text = path.with_suffix(".txt")
             yield path, read_utf8(text) if text.exists() else None
 
 
 def list_rows(table: Path, caption_key: str | None) -> Iterator[tuple[Path, str | None]]:
-    for line, row in read_rows(table):
+    for line, row in read_rows(table, '{"video": ..., "caption": ...}'):
         video = first_of(row, VIDEO_COLUMNS)
         if not isinstance(video, str):
             raise UserError(f"{table}:{line}: no video; name it in one of {', '.join(VIDEO_COLUMNS)}")
@@ -365,11 +381,11 @@ def first_of(row: dict, columns):
     return next((row[c] for c in columns if row.get(c)), None)
 
 
-def read_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a .csv with a header or a .jsonl."""
+def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a .csv with a header or a .jsonl, whose rows look like the example."""
     lines = io.StringIO(read_utf8(table))
     if table.suffix.lower() == ".csv":
-        csv.field_size_limit(2**31 - 1)  # else a caption over 128 KB is refused
+        csv.field_size_limit(2**31 - 1)  # the default refuses captions over 128 KB
         reader = csv.DictReader(lines, strict=True)
         try:
             yield from ((reader.line_num, row) for row in reader)
@@ -384,22 +400,25 @@ def read_rows(table: Path) -> Iterator[tuple[int, dict]]:
         if isinstance(row, dict):
             yield number, row
         elif line.strip():
-            raise UserError(f'{table}:{number}: not {{"video": ..., "caption": ...}} but {line.strip()[:40]}')
+            raise UserError(f"{table}:{number}: not {example} but {line.strip()[:40]}")
 
 
 def read_utf8(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # without the mark that Windows editors put in front
+        return path.read_text(encoding="utf-8-sig")  # drops the byte order mark of Windows editors
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 # ----------------------------------------------------------------------------------------------------
-# the clip store: index.jsonl names the clips, meta.json describes them, clips/ID.safetensors hold them
+# the clip store: index.jsonl lists the clips, meta.json says how they were made, clips/ID.safetensors holds
+# their latents and text embeddings
 
-LATENT_DTYPE = torch.float16  # 11 bits of mantissa for values about 1, where bfloat16 has 8
-TEXT_DTYPE = torch.bfloat16  # what umT5 computes in
+LATENT_DTYPE = torch.float16  # 11 bits of precision for values about 1, where bfloat16 has 8
+TEXT_DTYPE = torch.bfloat16  # as umT5 is published
 KIND = re.compile(rb'"kind"\s*:\s*"(\w+)"')
+# what all stores of a run have in common: entries of meta.json
+SHARED = ("latents", "width", "height", "frames", "fps", "vae", "t5")
 
 
 def clip_file(folder, id: str) -> Path:
@@ -430,17 +449,32 @@ class Geometry(NamedTuple):
 
 
 def geometry(wan, size: str | None = None, frames: int | None = None, fps: int | None = None) -> Geometry:
-    """What is given, else what the Wan directory's config.json says (a toy's does), else the paper's."""
+    """The size of clips: as given, or as the Wan directory's config.json says (a toy's), or the paper's."""
     config = Path(wan) / "config.json"
-    own = read_json(config).get("geometry", {}) if config.exists() else {}
-    match = re.fullmatch(r"(\d+)x(\d+)", size or own.get("size", "832x480"))
+    preset = read_json(config).get("geometry", {}) if config.exists() else {}
+    match = re.fullmatch(r"(\d+)x(\d+)", size or preset.get("size", "832x480"))
     if not match:
         raise UserError(f"size {size!r} is not WIDTHxHEIGHT, such as 832x480")
-    return Geometry(int(match[1]), int(match[2]), frames or own.get("frames", 81), fps or own.get("fps", 16))
+    return Geometry(int(match[1]), int(match[2]), frames or preset.get("frames", 81),
+                    fps or preset.get("fps", 16))
+
+
+def read_seed_clip(path, id: str, geometry: Geometry, seed: int, frames: int | None = None) -> torch.Tensor:
+    """The crop of a video that is this seed clip, uint8 [T,3,H,W], or the first frames of it."""
+    width, height, length, fps = geometry
+    video = probe(path)
+    start = random_start(video, length, fps, seed, id)
+    return read_clip(video, frames or length, fps, (width, height), start)
+
+
+def fingerprint(wan, network: str) -> str:
+    """Identifies the weights of a Wan directory's VAE ("vae") or text encoder ("t5")."""
+    files = vae.find(Path(wan))[0] if network == "vae" else t5.find_weights(wan)
+    return common.fingerprint(*files)
 
 
 def write_index(folder, entries: Iterable[dict]):
-    """The whole index at once, a line at a time: there may be 100,000s."""
+    """Replaces the index. Entries are written one by one: there may be 100,000s."""
     with replacing(Path(folder) / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
         for entry in entries:
             f.write(as_lines([entry]))
@@ -451,17 +485,18 @@ def as_lines(entries: Iterable[dict]) -> str:
 
 
 def index_entry(id: str, prompt: str, kind: str, round: int, source: str) -> dict:
-    """kind: seed, rollout or corrective; round: the first to train on it, or the one that rolled it out."""
+    """kind: seed, rollout or corrective. round: the first that trains on the clip, or that of the rollout."""
     return {"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "kind": kind, "round": round,
             "source": source}
 
 
 class Writer:
-    """A clip store in the making, by all ranks together. Its index comes last: one that has it is whole."""
+    """A clip store that all ranks write together. The index is written last: a store that has it is whole."""
 
     def __init__(self, folder, ranks, meta: dict):
-        """meta says how all clips of the store are made; those that exist must have been made likewise."""
-        self.folder, self.ranks = Path(folder), ranks
+        """meta: how all clips of the store are made. Refuses a folder begun with another meta."""
+        self.folder = Path(folder)
+        self.ranks = ranks
         if ranks.rank == 0:
             common.claim(self.folder / "meta.json", meta, command=sys.argv)
             for part in ("clips", "text"):
@@ -472,12 +507,12 @@ class Writer:
         return clip_file(self.folder, id).exists()
 
     def share(self, ids: list[str], batch: int = 1) -> list[list[str]]:
-        """This rank's batches that have anything left to do; those that are made again come out the same."""
+        """This rank's batches in which a clip is missing."""
         return common.my_share(common.batched(ids, batch), self.ranks, self.has)
 
     def stage_texts(self, prompts: dict[str, str], load_encoder, what: str):
-        """Embeddings of {id: prompt} wait in text/ until their clip is written, for one large network is in
-        memory at a time. Prompts go through the encoder in batches of 16 that restarts do not change."""
+        """Keeps the embeddings of {id: prompt} in text/ until their clips are written: only one large network
+        is in memory at a time. The batches, of 16 prompts, stay the same after a restart."""
         def done(id):
             return self.has(id) or self.text_file(id).exists()
 
@@ -489,7 +524,7 @@ class Writer:
                     if not done(id):
                         write_text_embedding(self.text_file(id), text)
                 bar.update(len(batch))
-        dist.barrier()  # another rank may write the clip
+        dist.barrier()  # the clip may be written by another rank
 
     def text_file(self, id: str) -> Path:
         return self.folder / "text" / f"{id}.safetensors"
@@ -504,7 +539,7 @@ class Writer:
 
     @contextlib.contextmanager
     def keeping(self):
-        """Says what is kept when a disk fills up."""
+        """On a file error, such as a full disk, reports how many finished clips are kept."""
         try:
             yield
         except OSError as error:
@@ -513,6 +548,7 @@ class Writer:
                             "the same command to continue") from None
 
     def finish(self, entries: Iterable[dict]):
+        """Writes the index, once all ranks have written their clips."""
         dist.barrier()
         if self.ranks.rank == 0:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
@@ -521,22 +557,25 @@ class Writer:
 
 
 class Clips:
-    """A store opened for reading: keeps each clip's byte offset and kind, and reads the rest when asked."""
+    """A store opened for reading. Each clip's offset and kind are in memory; the rest is read on demand."""
 
     def __init__(self, folder, root=None):
-        self.folder, self.index = Path(folder), Path(folder) / "index.jsonl"
+        self.folder = Path(folder)
+        self.index = self.folder / "index.jsonl"
         if not self.index.exists():
             if not (self.folder / "meta.json").exists():
                 raise UserError(f"{folder} is not a clip store: it has no index.jsonl")
             command = shlex.join(self.meta().get("command", ()))
             raise UserError(f"{folder} is not finished: its index.jsonl comes last; run again\n{command}")
         self.root = Path(root or self.folder.resolve().parent).resolve()
-        self.offsets, self.kinds, offset = array("q"), [], 0
+        self.offsets = array("q")
+        self.kinds = []
+        offset = 0
         with open(self.index, "rb") as f:
             for line in f:
                 if not line.endswith(b"\n"):
                     raise UserError(f"{self.index}:{len(self) + 1}: the last line is cut off")
-                # much cheaper than parsing, and as safe: within a JSON string these quotes would be escaped
+                # much faster than parsing, and as safe: inside a JSON string these quotes would be escaped
                 kind = KIND.search(line)
                 if not kind:
                     raise UserError(f"{self.index}:{len(self) + 1}: a clip without a kind")
@@ -552,7 +591,7 @@ class Clips:
             yield from map(self.parse, range(len(self)), f)
 
     def __getitem__(self, i: int) -> dict:
-        with open(self.index, "rb") as f:  # anew each time: loader processes must not share a file position
+        with open(self.index, "rb") as f:  # opened each time: threads must not share a file position
             f.seek(self.offsets[i])
             return self.parse(i, f.readline())
 
@@ -565,8 +604,26 @@ class Clips:
     def meta(self) -> dict:
         return read_json(self.folder / "meta.json")
 
+    def wan(self, given=None, networks=("vae",)) -> str:
+        """The Wan directory that made the clips, or the one given, which must hold the same networks."""
+        meta = self.meta()
+        wan = given or meta["wan"]
+        for network in networks:
+            if fingerprint(wan, network) != meta[network]:
+                raise UserError(f"{wan} has another {network} than {self.folder} was made with; give --wan "
+                                f"{meta['wan']}")
+        return wan
+
+    def empty_prompt(self) -> Path:
+        """The file with the embedding of the empty prompt, which guidance and dropped prompts need."""
+        file = self.folder / "empty.safetensors"
+        if not file.exists():
+            raise UserError(f"{file} is missing, the embedding of the empty prompt; run prepare.py again, or "
+                            "copy it from agg_0")
+        return file
+
     def locate(self, entry: dict) -> Path:
-        """Where an entry's tensors are; never outside the data root, not even through a link."""
+        """The file of an entry's tensors, which must be inside the data root, even through links."""
         path = (self.folder / entry["file"]).resolve()
         if Path(entry["file"]).is_absolute() or not path.is_relative_to(self.root):
             raise UserError(f"{self.index}: {entry['file']} is not a relative path within {self.root}")
@@ -584,26 +641,26 @@ class Clips:
         return entry
 
 
-HELD_OUT = 32  # seed clips that no training sees, unless told otherwise
+HELD_OUT = 32  # seed clips kept out of training and rollouts by default
 
 
 def origin(entry: dict) -> str:
-    """The id of the seed clip that a rollout or a corrective clip began as; a seed clip's own."""
+    """The id of the seed clip that a rollout or corrective clip was made from; a seed clip's own id."""
     return entry["id"] if entry["kind"] == "seed" else entry["id"].rpartition("-round")[0]
 
 
 def held_out(clips: Clips, count: int) -> list[int]:
-    """The places of the seed clips that no round trains on or rolls out: the same in every round, since every
-    round's index begins with the same seed clips; a larger count only adds to them."""
+    """The indices of the seed clips that no round trains on or rolls out. They are the same in every round,
+    since every index begins with the same seed clips; a larger count adds to them."""
     seeds = [i for i, kind in enumerate(clips.kinds) if kind == "seed"]
     return sorted(seeds[int(k)] for k in permutation(len(seeds), "held out", 0)[:count])
 
 
 # ----------------------------------------------------------------------------------------------------
-# the order of training: one endless sequence of samples, whatever the number of ranks or the step begun at
+# the order of training: one endless sequence of samples, independent of the number of ranks and of restarts
 
 def sample_order(n: int, seed: int, position: int) -> int:
-    """The sample at a position of the sequence: each of the n once per epoch, freshly shuffled."""
+    """The sample at a position of the sequence. Each of the n occurs once per epoch, shuffled for each."""
     epoch, place = divmod(position, n)
     return int(permutation(n, seed, epoch)[place])
 

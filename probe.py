@@ -90,9 +90,9 @@ def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:
 
 def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[int], ranks) -> dict:
     """Both probes on the chosen clips, divided among all ranks; means and standard errors over clips."""
-    coder = vae.load(settings.wan or store.meta()["wan"], ranks.device)
+    coder = vae.load(store.wan(settings.wan), ranks.device)
     net = model.load(path, ranks.device)
-    null = data.read_text_embedding(Path(settings.data, "empty.safetensors")).float().to(ranks.device)
+    null = data.read_text_embedding(store.empty_prompt()).float().to(ranks.device)
     results = []
     with common.progress(len(chosen[ranks.rank::ranks.world]), "probes", ranks) as bar:
         for i in chosen[ranks.rank::ranks.world]:

@@ -1,10 +1,11 @@
-"""Stage 2: model_k/ + agg_k/ -> rollout_k/, real first chunks continued by the model itself, drift and all.
+"""Stage 2: model_k/ + agg_0/ -> rollout_k/, real first chunks, continued by the model, which drifts.
 
-    python rollout.py --model model_0                       with agg_0 beside it, into rollout_0
+    python rollout.py --model model_0                       clips from agg_0 beside it, into rollout_0
     torchrun --nproc-per-node 8 rollout.py ...              the same on 8 GPUs
 
-Killed and started again it continues, to the same bytes. A rollout is a function of (seed, round, clip); the
-batch, the number of GPUs and --count change it by rounding alone. Clips that training held out stay out.
+A rollout is a function of (seed, round, clip); the batch, the number of GPUs and --count change it by
+rounding only. Clips held out from training are not rolled out. Killed and started again it continues, to the
+same bytes.
 """
 
 import time
@@ -22,124 +23,121 @@ import model
 import vae
 from common import UserError, print0
 
-CHUNK = 3  # latent frames: 9 real frames begin a rollout
-GEOMETRY = ("latents", "width", "height", "frames", "fps", "wan", "vae", "t5")  # of --data's meta.json
+CHUNK = 3  # latent frames; a rollout begins with 9 real frames of video
 
 
 @dataclass
 class Config:
-    model: str  # model_k
-    # agg_k; only its seed clips, those of agg_0, are rolled out (default: agg_0 beside model_k)
+    model: str  # Folder of the model (model_k)
+    # Folder of clips (any agg_k), of which only seed clips are rolled out (default: agg_0 beside model_k)
     data: str | None = None
-    out: str | None = None  # where the rollouts go (default: rollout_k beside model_k)
-    count: int | None = None  # seed clips to roll out (default: half of them)
-    # k; every round draws other clips and other noise (default: that of model_k's name, else 0)
+    out: str | None = None  # Folder for the rollouts (default: rollout_k beside model_k)
+    count: int | None = None  # Number of rollouts (default: half the number of seed clips)
+    # Round k, each of which draws other clips and other noise (default: the number at the end of the model's
+    # name, or 0)
     round: int | None = None
-    # seed clips kept from rollouts as from training (default: as many as model_k was trained without)
+    # Seed clips kept out of training and rollouts (default: as many as the model was trained without)
     held_out: int | None = None
-    # Wan directory, for its VAE (default: what the model's config.json says, else where --data's came from)
+    # Wan directory with the VAE (default: named in the model's config.json, or the one that made the clips)
     wan: str | None = None
-    seed: int = 0  # picks are a function of (seed, round), noise of (seed, round, clip, chunk)
-    batch: int = 1  # rollouts made at once, which changes them by rounding alone
-    steps: int = 20  # of the solver, for each chunk
-    guidance: float = 6.0  # towards the prompt; 1 is none, and twice as fast
-    shift: float = 8.0  # of the noise levels, as in training
-    solver: Literal[*diffusion.SOLVERS] = "euler"  # of the flow
-    previews: int = 16  # rollouts to show in preview.png
-    compile: bool | None = None  # the transformer's blocks (default: on a GPU)
-    # of the networks (default: bfloat16 on a GPU, float32 on a CPU)
+    seed: int = 0  # Seed of the noise and of the clips drawn in each round
+    batch: int = 1  # Videos generated at once; changes them by rounding only
+    steps: int = 20  # Solver steps per chunk
+    guidance: float = 6.0  # Guidance scale towards the prompt; 1 is no guidance, and twice as fast
+    shift: float = 8.0  # Shift of the noise levels towards pure noise, as in training
+    solver: Literal[*diffusion.SOLVERS] = "euler"  # ODE solver
+    previews: int = 16  # Rollouts to show in preview.png; 0: no preview
+    compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
+    # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Literal["float32", "bfloat16"] | None = None
-    device: str | None = None  # cuda or cpu (default: a GPU if there is one)
+    device: str | None = None  # cuda or cpu (default: cuda if available)
 
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
     cfg = complete(cfg, ranks)
-    clips, out = data.Clips(cfg.data), Path(cfg.out)
-    wan, null = check(cfg, clips)
+    clips = data.Clips(cfg.data)
+    wan = check(cfg, clips)
     picks = pick(cfg, clips)
-    entries = {entry["id"]: entry for entry in (as_rollout(clips[i], cfg.round) for i in picks)}
-    places = dict(zip(entries, picks, strict=True))
-    store = data.Writer(out, ranks, describe(cfg, clips, len(picks)))
-    todo = store.share(list(entries), cfg.batch)
+    entries = [as_rollout(clips[i], cfg.round) for i in picks]
+    store = data.Writer(cfg.out, ranks, describe(cfg, clips, len(picks)))
+    todo = store.share([entry["id"] for entry in entries], cfg.batch)
     print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {sum(map(len, todo))} to roll out"
-           + f" on this rank, the first of {ranks.world}" * (ranks.world > 1))
+           + common.share_of(ranks))
     with store.keeping():
-        make(cfg, clips, places, todo, null, store, ranks)
-        store.finish(entries.values())
-    report_drift(data.Clips(out), ranks)
+        if todo:
+            index = {entry["id"]: i for entry, i in zip(entries, picks, strict=True)}
+            make(cfg, clips, index, todo, store, ranks)
+        store.finish(entries)
+    rollouts = data.Clips(cfg.out)
+    report_drift(rollouts, ranks)
     if ranks.rank == 0 and cfg.previews:
-        preview(cfg, data.Clips(out), vae.load(wan, ranks.device, getattr(torch, cfg.dtype)))
-    print0(f"{len(picks)} rollouts in {out}" + f", shown in {out / 'preview.png'}" * (cfg.previews > 0))
+        preview(cfg, rollouts, vae.load(wan, ranks.device, getattr(torch, cfg.dtype)))
+    shown = f", shown in {rollouts.folder / 'preview.png'}" if cfg.previews else ""
+    print0(f"{len(picks)} rollouts in {rollouts.folder}{shown}")
 
 
 # ----------------------------------------------------------------------------------------------------
-# the method: which clips, and what becomes of them
+# the method: which clips are rolled out, and how
 
 def pick(cfg: Config, clips: data.Clips) -> list[int]:
-    """M seed clips without replacement: the first M of a permutation drawn anew every round that were not
-    held out from training."""
+    """Algorithm 1 samples M videos x^1 and prompts c in each round. Here these are seed clips, each at most
+    once: the first M of a permutation drawn for the round, without those held out from training."""
     seeds = [i for i, kind in enumerate(clips.kinds) if kind == "seed"]
     held_out = set(data.held_out(clips, cfg.held_out))
-    there = len(seeds) - len(held_out)
-    count = max(1, min(len(seeds) // 2, there)) if cfg.count is None else cfg.count
-    if not 1 <= count <= there:
+    available = len(seeds) - len(held_out)
+    count = max(1, min(len(seeds) // 2, available)) if cfg.count is None else cfg.count
+    if not 1 <= count <= available:
         raise UserError(f"--count {count}: {cfg.data} has {len(seeds)} seed clips, {len(held_out)} of them "
-                        "held out (--held-out); a round rolls out 1 at least, and each at most once")
+                        "held out (--held-out); a round rolls out at least 1, and each at most once")
     order = torch.randperm(len(seeds), generator=common.rng(cfg.seed, "rollout", cfg.round))
     return [seeds[i] for i in order if seeds[i] not in held_out][:count]
 
 
 def roll_out(cfg: Config, net: model.WanModel, clips: list[dict], null: torch.Tensor) -> torch.Tensor:
-    """Loaded clips -> [B,F,C,H,W]: their real first chunks, and F - 3 frames that the model makes of them.
-    The model's own frames are its context as they are; that is what lets it drift."""
+    """Eq. 3 and Algorithm 1: (x^1, x^2:N) ~ product over i of p(x^i | x^<i, c), with real chunks x^1 of the
+    clips and N - 1 chunks by the model, [B,F,C,H,W]. Its context is its own output, which lets it drift."""
     real = torch.stack([clip["latents"] for clip in clips])
     frames, *shape = real.shape[1:]
     sampling = diffusion.Sampling(cfg.steps, cfg.shift, cfg.guidance, cfg.solver)
     chunks = diffusion.generate(
         net, [clip["text"] for clip in clips], null, sampling, shape=shape, frames=frames,
         context=real[:, :CHUNK], seed=cfg.seed, ids=[(cfg.round, clip["id"]) for clip in clips], chunk=CHUNK,
-        window=frames, keep=CHUNK)  # all in one window, as in training
+        window=frames, keep=CHUNK)  # one window for the whole clip, as in training
     return torch.cat([latents for _, latents in chunks], 1)
 
 
 # ----------------------------------------------------------------------------------------------------
-# around it
+# flags, checks and files
 
 def complete(cfg: Config, ranks) -> Config:
-    """Fills in what follows from the model and the device."""
-    config = model.settings(cfg.model)
-    found = {"data": str(Path(cfg.model).parent / "agg_0"), "round": common.round_of(cfg.model) or 0,
-             "held_out": config.get("held_out", data.HELD_OUT), "compile": ranks.device.type == "cuda",
-             "dtype": "bfloat16" if ranks.device.type == "cuda" else "float32"}
-    out = cfg.out or common.neighbour(cfg.model, "rollout", "out")
-    return replace(cfg, out=out, **{k: v for k, v in found.items() if getattr(cfg, k) is None})
+    """Fills in the defaults that depend on the model and the device."""
+    round = common.round_of(cfg.model) or 0
+    held_out = model.settings(cfg.model).get("held_out", data.HELD_OUT)
+    return replace(common.for_device(cfg, ranks.device),
+                   data=cfg.data or str(Path(cfg.model).parent / "agg_0"),
+                   out=cfg.out or common.neighbour(cfg.model, "rollout", "out"),
+                   round=round if cfg.round is None else cfg.round,
+                   held_out=held_out if cfg.held_out is None else cfg.held_out)
 
 
-def check(cfg: Config, clips: data.Clips) -> tuple[Path, torch.Tensor]:
-    """Does all fit together? Then the Wan directory and the empty prompt's embedding."""
+def check(cfg: Config, clips: data.Clips) -> str:
+    """Refuses flags, a model and clips that do not fit together. Returns the Wan directory."""
     if min(cfg.batch, cfg.steps) < 1 or cfg.previews < 0:
         raise UserError(f"--batch {cfg.batch} --steps {cfg.steps} --previews {cfg.previews}: batch and steps "
-                        "are 1 at least, previews 0")
+                        "must be at least 1, previews at least 0")
     if not Path(cfg.model).exists():
         raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
-    meta, limits = clips.meta(), model.read_checkpoint(cfg.model)[1]
-    frames, channels = meta["latents"][:2]
+    limits = model.read_checkpoint(cfg.model)[1]
+    frames, channels = clips.meta()["latents"][:2]
     if frames % CHUNK or frames < 2 * CHUNK:
         raise UserError(f"{cfg.data} has clips of {frames} latent frames; rollouts need multiples of "
-                        f"{CHUNK}, {2 * CHUNK} at least: prepare.py --frames 81 makes 21")
-    empty = clips.folder / "empty.safetensors"
-    if not empty.exists():
-        raise UserError(f"{empty} is missing, the empty prompt that guidance leads away from; run prepare.py "
-                        "again, or copy it from agg_0")
-    null = data.read_text_embedding(empty)
-    if (channels, null.shape[1]) != (limits.in_dim, limits.text_dim):
-        raise UserError(f"{cfg.data} has latents of {channels} channels and text of width {null.shape[1]}; "
+                        f"{CHUNK}, at least {2 * CHUNK}: prepare.py --frames 81 makes 21")
+    width = data.read_text_embedding(clips.empty_prompt()).shape[1]
+    if (channels, width) != (limits.in_dim, limits.text_dim):
+        raise UserError(f"{cfg.data} has latents of {channels} channels and text of width {width}; "
                         f"{cfg.model} takes {limits.in_dim} and {limits.text_dim}")
-    wan = Path(cfg.wan or model.settings(cfg.model).get("wan") or meta["wan"])
-    if common.fingerprint(*vae.find(wan)[0]) != meta["vae"]:
-        raise UserError(f"{wan} has another VAE than the one that made {cfg.data}; give --wan {meta['wan']}")
-    return wan, null
+    return clips.wan(cfg.wan or model.settings(cfg.model).get("wan"))
 
 
 def as_rollout(clip: dict, round: int) -> dict:
@@ -148,8 +146,9 @@ def as_rollout(clip: dict, round: int) -> dict:
 
 def describe(cfg, clips, count) -> dict:
     """How all rollouts of the store are made."""
-    before = clips.meta()
-    return {key: before[key] for key in GEOMETRY} | {
+    meta = clips.meta()
+    return {key: meta[key] for key in data.SHARED} | {
+        "wan": meta["wan"],
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "model": str(Path(cfg.model).resolve()),
         "model_fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
@@ -158,38 +157,34 @@ def describe(cfg, clips, count) -> dict:
         "dtype": cfg.dtype}
 
 
-def make(cfg, clips, places, todo, null, store, ranks):
-    if not todo:
-        return
-    net, began = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype)), time.monotonic()
+def make(cfg, clips, index, todo, store, ranks):
+    """Rolls out the batches of ids in todo. index: where each clip to continue is among clips."""
+    net = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype))
     if cfg.compile:
         net.compile_blocks()
+    null = data.read_text_embedding(clips.empty_prompt())
     count = sum(map(len, todo))
+    start = time.monotonic()
     with common.progress(count, "rollouts", ranks) as bar:
-        for batch in todo:
-            real = [load(cfg, clips, places[id], net.config.text_len) for id in batch]
-            for id, clip, latents in zip(batch, real, roll_out(cfg, net, real, null), strict=True):
+        for ids in todo:
+            batch = [clips.load(index[id]) for id in ids]
+            for clip in batch:
+                if len(clip["text"]) > net.config.text_len:
+                    raise UserError(f"the prompt of clip {clip['id']} is {len(clip['text'])} tokens; "
+                                    f"{cfg.model} takes {net.config.text_len} at most")
+            for id, clip, latents in zip(ids, batch, roll_out(cfg, net, batch, null), strict=True):
                 if not latents.to(data.LATENT_DTYPE).isfinite().all():
                     raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
                 store.write(id, latents, clip["text"], clip["prompt"], clip["id"])
-            bar.update(len(batch))
-    rate = count / (time.monotonic() - began)
-    print0(f"{rate:.3g} rollouts/s" + f" on this rank, of {ranks.world}" * (ranks.world > 1))
-
-
-def load(cfg, clips, i: int, text_len: int) -> dict:
-    clip = clips.load(i)
-    if len(clip["text"]) > text_len:
-        raise UserError(f"the prompt of clip {clip['id']} is {len(clip['text'])} tokens; {cfg.model} takes "
-                        f"{text_len} at most")
-    return clip
+            bar.update(len(ids))
+    print0(f"{count / (time.monotonic() - start):.3g} rollouts/s" + common.share_of(ranks))
 
 
 # ----------------------------------------------------------------------------------------------------
-# what a person wants to see of it
+# report: statistics of drift and a preview
 
 def report_drift(rollouts: data.Clips, ranks):
-    """How latents change from chunk to chunk, averaged over all rollouts, whenever they were made."""
+    """Prints how latents change from chunk to chunk, on average over all rollouts of the store."""
     total = torch.zeros(rollouts.meta()["latents"][0] // CHUNK, 3, dtype=torch.float64)
     for j in range(ranks.rank, len(rollouts), ranks.world):
         chunks = rollouts.load(j)["latents"].unflatten(0, (-1, CHUNK))  # [chunks, 3, C, H, W]
@@ -202,7 +197,7 @@ def report_drift(rollouts: data.Clips, ranks):
 
 
 def preview(cfg, rollouts: data.Clips, coder):
-    """A row of 8 frames for each of the first rollouts."""
+    """Writes preview.png, with a row of 8 frames for each of the first rollouts."""
     rows = []
     for j in range(min(cfg.previews, len(rollouts))):
         video = coder.decode(rollouts.load(j)["latents"][None])[0]

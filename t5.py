@@ -1,4 +1,4 @@
-"""umT5, the text encoder of Wan2.1: the network, its tokenizer, and the loader of both.
+"""umT5, the text encoder of Wan2.1: the network and its tokenizer.
 
 Shapes: B batch, L tokens, N heads, D head dim. Attributes are named as in the published .pth.
 """
@@ -17,9 +17,9 @@ from torch import nn
 
 from common import UserError, fill, first_line, open_weights, save_tensors, weight_files
 
-MAX_TOKENS = 512  # as Wan was trained, the closing eos included
-MAX_DISTANCE = 128  # tokens this far apart, or further, share the last position bucket
-BATCH_TOKENS = 8192  # of one forward
+MAX_TOKENS = 512  # of a prompt, with its final eos, as Wan was trained
+MAX_DISTANCE = 128  # tokens at least this far apart share the last position bucket
+BATCH_TOKENS = 8192  # in one forward
 DOWNLOAD = "comes with Wan2.1: https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
 
 
@@ -27,7 +27,7 @@ DOWNLOAD = "comes with Wan2.1: https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
 # the network
 
 class PositionBias(nn.Module):
-    """What each head adds to a score for the distance from query to key."""
+    """A learnt term of each head's attention scores that depends on the distance from query to key."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -48,8 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x, bias):  # [B, L, dim]
         qkv = [f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
-        # T5 does not divide by sqrt(D). SDPA's scores and softmax are fp32 for bf16 inputs too, and it makes
-        # no [B, N, L, L] copies: at 512 tokens 3x faster than an explicit softmax, and in bf16 closer to fp32
+        # T5 does not divide by sqrt(D). SDPA computes scores and softmax in fp32 for bf16 inputs too, without
+        # [B, N, L, L] copies: at 512 tokens 3x faster than an explicit softmax, and in bf16 closer to fp32
         x = F.scaled_dot_product_attention(*qkv, attn_mask=bias, scale=1.0)  # [B, N, L, D]
         return self.o(x.transpose(1, 2).flatten(2))
 
@@ -68,7 +68,7 @@ class FFN(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim, dim_attn, dim_ffn, heads, buckets):
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6)  # works in fp32 inside, whatever its input
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6)  # computed in fp32, whatever its input
         self.attn = Attention(dim, dim_attn, heads)
         self.pos_embedding = PositionBias(buckets, heads)  # unlike in T5, every layer has its own
         self.norm2 = nn.RMSNorm(dim, eps=1e-6)
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """ids [B, L] -> [B, L, dim]; mask [B, L] is 0 at padding, which then is not attended to."""
+        """ids [B, L] -> [B, L, dim]; mask [B, L] is 0 at padding, which is not attended to."""
         length = ids.shape[1]
         buckets = distance_buckets(torch.arange(1 - length, length), self.buckets).to(ids.device)
         padding = None if mask is None else (mask == 0)[:, None, None]  # [B, 1, 1, L]
@@ -104,8 +104,9 @@ class Encoder(nn.Module):
 
 
 def distance_buckets(distance: torch.Tensor, buckets: int) -> torch.Tensor:
-    """key - query -> its row in the bias table: one for each step near by, log-spaced further off."""
-    side, near = buckets // 2, buckets // 4
+    """key - query -> the row in the bias table: exact for near tokens, log-spaced for distant ones."""
+    side = buckets // 2  # rows for each direction
+    near = buckets // 4  # distances with a row of their own
     n = distance.abs()
     # log2 in fp64 is exact at powers of two, which are bucket boundaries
     fraction = (n.double().clamp(min=near) / near).log2() / math.log2(MAX_DISTANCE / near)
@@ -116,17 +117,17 @@ def distance_buckets(distance: torch.Tensor, buckets: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------
 # the tokenizer
 
-# full-width forms, ligatures -> their plain letters; curly quotes -> straight; control characters -> nothing
+# full-width forms and ligatures -> plain letters; curly quotes -> straight; control characters -> nothing
 TIDY = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFEF))}
 TIDY |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 TIDY |= dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF, *range(0xFFF9, 0xFFFD)))
 
 
 def clean(prompt: str) -> str:
-    """Wan's cleaning: ftfy, entities unescaped twice, whitespace runs to one space.
+    """Wan's cleaning of a prompt: ftfy, entities unescaped twice, runs of whitespace to one space.
 
-    Of ftfy it does what TIDY says, NFC, and mends surrogates. It does not repair mojibake (text decoded
-    with a wrong charset), strip terminal escapes, or unescape entities more than twice."""
+    Of ftfy it applies TIDY and NFC and repairs surrogates. Unlike ftfy it does not repair mojibake (text
+    decoded with a wrong charset), strip terminal escapes, or unescape entities more than twice."""
     text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     text = html.unescape(html.unescape(text)).translate(TIDY)
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -139,7 +140,7 @@ def token_ids(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
 def load_tokenizer(path) -> SentencePieceProcessor:
     """The sentencepiece model beside the weights at path."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    places = "google/umt5-xxl", "tokenizer", ".", "../tokenizer"
+    places = ("google/umt5-xxl", "tokenizer", ".", "../tokenizer")
     tried = [folder / place / "spiece.model" for place in places]
     file = next((file for file in tried if file.is_file()), None)
     if file is None:
@@ -156,42 +157,44 @@ def load_tokenizer(path) -> SentencePieceProcessor:
 
 
 # ----------------------------------------------------------------------------------------------------
-# both together
+# prompts to embeddings
 
 class TextEncoder(NamedTuple):
     encoder: Encoder
     tokenizer: SentencePieceProcessor
 
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:
-        """An unpadded [n_tokens, text_dim] tensor for each prompt; equal prompts are computed once."""
+        """An unpadded tensor [n_tokens, text_dim] for each prompt; equal prompts are computed once."""
         assert not isinstance(prompts, str), "encode takes a list of prompts"
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UserError(f"prompt {i} is not a str but {type(prompt).__name__}: {prompt!r:.80}")
         ids = [tuple(token_ids(self.tokenizer, prompt)) for prompt in prompts]
-        by_length = defaultdict(list)  # equal lengths need no padding
+        by_length = defaultdict(list)  # prompts of equal length need no padding
         for distinct in dict.fromkeys(ids):
             by_length[len(distinct)].append(distinct)
-        device, rows = self.encoder.norm.weight.device, {}
+        device = self.encoder.norm.weight.device
+        rows = {}
         with torch.inference_mode():
             for length, group in by_length.items():
                 for batch in torch.tensor(group).split(BATCH_TOKENS // length):
                     rows |= zip(map(tuple, batch.tolist()), self.encoder(batch.to(device)), strict=True)
-        return [rows[key].clone() for key in ids]  # tensors that autograd accepts, each its own memory
+        return [rows[key].clone() for key in ids]  # each with its own memory, and accepted by autograd
 
 
 def load(path, device="cpu", dtype=torch.float32) -> TextEncoder:
-    """From a Wan or diffusers directory, a text_encoder/ folder, or a file of weights."""
+    """The encoder and tokenizer of a Wan or diffusers directory, a text_encoder/ folder, or a weight file."""
     tokenizer = load_tokenizer(path)
     encoder = load_encoder(path, device, dtype)
-    pieces, rows = tokenizer.vocab_size(), encoder.token_embedding.num_embeddings
+    pieces = tokenizer.vocab_size()
+    rows = encoder.token_embedding.num_embeddings
     if pieces > rows:
         raise UserError(f"{path}: the tokenizer has {pieces} pieces, the encoder an embedding for {rows}")
     return TextEncoder(encoder, tokenizer)
 
 
 def load_encoder(path, device="cpu", dtype=torch.float32) -> Encoder:
-    """The network alone, frozen. On a CPU, weights of this dtype are not read but memory-mapped."""
+    """The network alone, frozen. On a CPU, weights that have this dtype are memory-mapped, not copied."""
     if dtype == torch.float16:
         raise UserError("umT5 overflows in float16: use bfloat16 or float32")
     files = find_weights(path)
@@ -206,7 +209,7 @@ def load_encoder(path, device="cpu", dtype=torch.float32) -> Encoder:
 
 
 def save(encoder: Encoder, path):
-    """Writes safetensors under the official names."""
+    """Writes a safetensors file with the official names."""
     save_tensors(path, encoder.state_dict())
 
 
@@ -222,7 +225,7 @@ def find_weights(path) -> list[Path]:
 
 
 HF_NAMES = {
-    "shared.": "token_embedding.",  # one table, stored under either name or both
+    "shared.": "token_embedding.",  # the same table, stored under either name or both
     "encoder.embed_tokens.": "token_embedding.",
     "encoder.final_layer_norm.": "norm.",
     "encoder.block.": "blocks.",
@@ -237,7 +240,7 @@ HF_NAMES = {
 
 
 def official_names(weights: dict) -> dict:
-    """HF's names -> Wan's. Of a full umT5 the decoder half is left out: Wan has no use for it."""
+    """Renames Hugging Face's tensors to Wan's names and drops the decoder of a full umT5, which Wan lacks."""
     renamed = {}
     for name, stored in weights.items():
         if not name.startswith(("decoder.", "lm_head.")):
@@ -248,7 +251,7 @@ def official_names(weights: dict) -> dict:
 
 
 def sizes_of(weights: dict) -> dict[str, int]:
-    """Encoder's arguments, read off the shapes."""
+    """The sizes of an Encoder, read from the shapes of its weights."""
     vocab, dim = weights["token_embedding.weight"].shape
     buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
     return {"vocab": vocab, "dim": dim, "heads": heads, "buckets": buckets,

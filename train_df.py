@@ -62,7 +62,7 @@ class Config:
     beta2: float = 0.999  # Second beta of AdamW; the first is 0.9
     clip: float = 1.0  # Largest norm of the gradient
     ema: float = 0.0  # Decay of a running average of the weights, which model_k then holds; 0: no average
-    shift: float = 8.0  # Shift of the noise levels towards 1000
+    shift: float = 8.0  # Shift of the noise levels towards pure noise
     drop: float = 0.1  # Share of clips that lose their prompt, so that guidance works
     drop_kind: Literal["both", "seed"] = "both"  # Which clips may lose their prompt: all, or seed clips only
     prefix: int = 4  # Chunks at the start of a corrective clip that are clean and carry no loss
@@ -222,10 +222,7 @@ class Samples:
         self.store = data.Clips(cfg.data)
         self.meta = self.store.meta()
         self.shape = tuple(self.meta["latents"])                                           # F, C, H, W
-        empty = Path(cfg.data, "empty.safetensors")
-        if not empty.exists():
-            raise UserError(f"{empty} is missing: the empty prompt's embedding, which prepare.py writes")
-        self.null = data.read_text_embedding(empty).float()
+        self.null = data.read_text_embedding(self.store.empty_prompt()).float()
         self.held_out = data.held_out(self.store, cfg.held_out)
         self.seed, self.corrective = self.sort()
         self.all = self.seed + self.corrective

@@ -3,16 +3,17 @@
     vae = vae.load("Wan2.1-T2V-1.3B", "cuda", torch.bfloat16)
     z = vae.encode(video)      # [B,T,3,H,W] in [-1,1] -> [B,F,C,h,w], normalised
     video = vae.decode(z)      # T = 4(F-1)+1, H = 8h, W = 8w
-    state = {}                 # of a stream, which both take too: any number of frames at a time
+    state = {}                 # a stream: any number of frames at a time, with either function
     for z in pieces:
         video = vae.decode(z, state)
 
-A causal convolution needs of the past only the last two frames of its input. So a video runs through the
-network in temporal pieces of any size, each convolution keeps that tail for the next piece, and the result
-is that of the whole video at once. Frame 0 stands alone: it is never merged with others in time.
+Of the past, a causal convolution needs only the last two frames of its input. A video can therefore run
+through the network in temporal pieces of any size: each convolution keeps these frames for the next piece,
+and the result is the same as for the whole video. Frame 0 stands alone: it is never merged with others in
+time.
 
-Inside, tensors are [B,T,H,W,C] with C last in memory: norms and 1x1 convolutions then work on rows, a 2-d
-convolution sees B*T images without a copy, and the fast channels-last kernels are used throughout.
+Inside, tensors are [B,T,H,W,C] with C last in memory: norms and 1x1 convolutions work on rows, a 2-d
+convolution takes B*T images without a copy, and the fast channels-last kernels are used throughout.
 """
 
 import re
@@ -24,22 +25,22 @@ from torch import Tensor, nn
 
 from common import UserError, fill, open_weights, read_json, save_tensors, weight_files
 
-# what Wan2.1's latents are normalised with; its own file does not hold them
+# mean and standard deviation of Wan2.1's latents by channel, which its own file does not hold
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
-# how large the widest activation of a piece may be. On a CPU larger pieces were not faster; on a GPU this
-# gives 2 latent frames of 480x832 in bf16: 2.6 GB of activations, 1.9 of tails, 0.3 of weights
+# upper bound for the widest activation of a piece. On a CPU larger pieces are not faster; on a GPU this gives
+# 2 latent frames of 480x832 in bf16: 2.6 GB of activations, 1.9 GB of kept frames, 0.3 GB of weights
 PIECE_BYTES = {"cpu": 2**25, "cuda": 2**30}
 
 
 # ----------------------------------------------------------------------------------------------------
-# layers; `state` is what a stream carries from piece to piece: {layer: its last input frames}
+# layers. `state` is what a stream carries from piece to piece: {layer: the last frames of its input}
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over channels, times gamma; torch computes it in fp32 whatever the dtype."""
+    """x / rms(x) over channels, times gamma; computed in fp32, whatever its input."""
 
     def __init__(self, width, dims=3):
         super().__init__()
@@ -50,50 +51,51 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution over each frame and the two before it, behind an optional norm and SiLU."""
+    """A convolution over each frame and the two before it, after an optional norm and SiLU."""
 
     def __init__(self, width, out, kernel=(3, 3, 3)):
         super().__init__(width, out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x, state, norm=None):
-        x = self.behind_tail(x, state, norm)  # [B,2+T,H,W,C] -> [B,T,H,W,out]
-        worth_it = self.kernel_size[1] == 3 and self.in_channels >= 32 and x.shape[1] > 3
-        if worth_it and fp32_on_cpu(x) and not tracked(x, self.weight):
+        x = self.with_past(x, state, norm)  # [B,2+T,H,W,C]
+        faster = self.kernel_size[1] == 3 and self.in_channels >= 32 and x.shape[1] > 3
+        if faster and fp32_on_cpu(x) and not tracked(x, self.weight):
             return self.winograd(x, state)
         return over_time(self, x)
 
-    def behind_tail(self, x, state, norm):
+    def with_past(self, x, state, norm):
+        """The input of the convolution: two frames of the past, zeros at the start, and those of x."""
         B, T, *rest = x.shape
-        tail = state[self] if self in state else x.new_zeros(B, 2, *rest)
+        past = state[self] if self in state else x.new_zeros(B, 2, *rest)
         if tracked(x, norm.gamma if norm else x):
-            both = torch.cat([tail, F.silu(norm(x)) if norm else x], 1)
-            state[self] = both[:, -2:]
-            return both
-        # without autograd, what comes before the convolution writes right into its input
-        both = x.new_empty(B, 2 + T, *rest)
-        both[:, :2] = tail
-        if norm:  # a frame at a time, so that what the norm returns stays small
-            for frame, place in zip(x.unbind(1), both[:, 2:].unbind(1), strict=True):
-                torch.ops.aten.silu.out(norm(frame), out=place)
+            joined = torch.cat([past, F.silu(norm(x)) if norm else x], 1)
+            state[self] = joined[:, -2:]
+            return joined
+        # without autograd, norm and SiLU write directly into the convolution's input
+        joined = x.new_empty(B, 2 + T, *rest)
+        joined[:, :2] = past
+        if norm:  # frame by frame, so that the output of the norm stays small
+            for frame, target in zip(x.unbind(1), joined[:, 2:].unbind(1), strict=True):
+                torch.ops.aten.silu.out(norm(frame), out=target)
         else:
-            both[:, 2:] = x
-        state[self] = both[:, -2:].clone()  # a view would keep all of it alive
-        return both
+            joined[:, 2:] = x
+        state[self] = joined[:, -2:].clone()  # a view would keep the whole tensor alive
+        return joined
 
     def winograd(self, x, state):
-        """The same with 4 2-d convolutions for every two frames in place of 6: Winograd's F(2,3), along time.
-        Convolutions are nine tenths of a decode at width 96; this made them 1.45 times as fast on a CPU."""
+        """The same result with 4 instead of 6 2-d convolutions for every two frames: Winograd's F(2,3) along
+        time. Convolutions are nine tenths of a decode at width 96; this is 1.45 times as fast on a CPU."""
         B, T, H, W, _ = x.shape
-        if T % 2:  # the first of an odd number of frames goes by itself
+        if T % 2:  # the first of an odd number of frames is computed by itself
             return torch.cat([over_time(self, x[:, :3]), self.winograd(x[:, 1:], state)], 1)
         if (self, "kernels") not in state:
             a, b, c = self.weight.unbind(2)
             state[self, "kernels"] = [k.contiguous(memory_format=torch.channels_last)
                                       for k in (a, (a + b + c) / 2, (a - b + c) / 2, c)]
         kp, kq, kr, ks = state[self, "kernels"]
-        x0, x1, x2, x3 = (x[:, i:i + T - 3:2] for i in range(4))  # the 4 frames that an output pair sees
+        x0, x1, x2, x3 = (x[:, i:i + T - 3:2] for i in range(4))  # the 4 input frames of a pair of outputs
         p = per_frame(x0 - x2, kp, None)
-        q = per_frame(x1 + x2, kq, self.bias)  # is part of both, so the bias reaches both
+        q = per_frame(x1 + x2, kq, self.bias)  # part of both outputs, hence the bias
         r = per_frame(x2 - x1, kr, None)
         s = per_frame(x1 - x3, ks, None)
         y = x.new_empty(B, T // 2 - 1, 2, H, W, self.out_channels)
@@ -112,7 +114,7 @@ def fp32_on_cpu(x):
 
 def convolve(x, weight, bias, stride, padding):
     ones = [1] * len(stride)
-    if fp32_on_cpu(x):  # torch.convolution would send small inputs to a kernel of a third of the speed
+    if fp32_on_cpu(x):  # torch.convolution computes small inputs with a kernel of a third of the speed
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
     return torch.convolution(x, weight, bias, stride, padding, ones, False, [0] * len(stride), 1)
 
@@ -130,7 +132,7 @@ def per_frame(x, weight, bias, stride=(1, 1), padding=(1, 1)):
 
 
 def pointwise(conv, x):
-    """A 1x1(x1) convolution, as the matrix product it is when channels are last."""
+    """A 1x1(x1) convolution; with channels last it is a matrix product."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -148,7 +150,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over the pixels of each frame."""
+    """Attention with one head over the pixels of each frame."""
 
     def __init__(self, width):
         super().__init__()
@@ -171,11 +173,12 @@ class Down(nn.Module):
         self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x, state):
-        conv, padded = self.resample["1"], F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom only
+        conv = self.resample["1"]
+        padded = F.pad(x, (0, 0, 0, 1, 0, 1))  # at the right and the bottom only
         x = per_frame(padded, conv.weight, conv.bias, (2, 2), (0, 0))
         if not self.time_conv:
             return x
-        # output k sees frames 2k-2, 2k-1, 2k; output 0 is frame 0 itself
+        # output k is computed from frames 2k-2, 2k-1, 2k; output 0 is frame 0 itself
         first = self not in state
         window = x if first else torch.cat([state[self], x], 1)
         state[self] = x[:, -1:].clone()
@@ -198,14 +201,14 @@ class Up(nn.Module):
             return self.enlarge(x)
         if self in state:
             return self.enlarge(self.double(x, state))
-        # frame 0 is not doubled, and the frames after it see zeros in its place
+        # frame 0 is not doubled, and for the frames after it the past is zeros
         state[self] = True
         if x.shape[1] == 1:
             return self.enlarge(x)
         return self.enlarge(torch.cat([x[:, :1], self.double(x[:, 1:], state)], 1))
 
     def double(self, x, state):
-        y = self.time_conv(x, state).unflatten(-1, (2, -1))  # [B,T,H,W,2,C]: the earlier frame, the later
+        y = self.time_conv(x, state).unflatten(-1, (2, -1))  # [B,T,H,W,2,C]: the earlier and the later frame
         return y.movedim(4, 2).flatten(1, 2)  # [B,2T,H,W,C]
 
     def enlarge(self, x):
@@ -218,7 +221,8 @@ class Encoder(nn.Module):
     def __init__(self, width, multipliers, blocks, z_dim, temporal):
         super().__init__()
         self.conv1 = CausalConv(3, width)
-        self.downsamples, last = nn.ModuleList(), width
+        self.downsamples = nn.ModuleList()
+        last = width
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
                 self.downsamples.append(Residual(last, width * multiplier))
@@ -262,14 +266,18 @@ class Decoder(nn.Module):
 # the VAE
 
 class WanVAE(nn.Module):
-    """Wan2.1's VAE, or a smaller one of the same family; latents and videos come out in fp32."""
+    """Wan2.1's VAE, or a smaller one of the same family. Latents and videos are returned in fp32."""
 
     def __init__(self, width=96, multipliers=(1, 2, 4, 4), blocks=2, z_dim=16, temporal=(False, True, True),
                  latents_mean=None, latents_std=None):
         super().__init__()
         assert len(temporal) == len(multipliers) - 1, "one temporal flag for each step between levels"
-        self.latents_mean, self.latents_std = latents_mean or [0.0] * z_dim, latents_std or [1.0] * z_dim
-        self.width, self.z_dim, self.time, self.space = width, z_dim, 2 ** sum(temporal), 2 ** len(temporal)
+        self.latents_mean = latents_mean or [0.0] * z_dim
+        self.latents_std = latents_std or [1.0] * z_dim
+        self.width = width
+        self.z_dim = z_dim
+        self.time = 2 ** sum(temporal)  # frames in a latent frame
+        self.space = 2 ** len(temporal)  # pixels in a latent's height and width
         self.encoder = Encoder(width, multipliers, blocks, z_dim, temporal)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
@@ -280,86 +288,89 @@ class WanVAE(nn.Module):
         """[B,T,3,H,W] in [-1,1] -> normalised posterior mean [B,F,C,h,w].
 
         Without a state, the video is whole. With one, it is the next frames of a stream, any number of them,
-        and the result is the latents that they complete, maybe none. The state is {} at the start and changed
-        by every call; it serves one stream in one direction, takes gigabytes if the video is large, and is of
-        no use after an error. state["held"] are the frames that still wait to become a latent: those left at
-        the end never do. A stream has no gradients and does not look for NaN."""
+        and the result is the latents that they complete, possibly none. The state is {} at first and updated
+        by every call. It belongs to one stream in one direction, takes gigabytes for large videos, and is
+        invalid after an error. state["held"] are the frames that do not fill a latent yet. A stream has no
+        gradients and does not check for NaN."""
         if state is None:
             return self.normalise(self.posterior(video)[0])
         with torch.no_grad():
-            return self.normalise(self.encoded(self.check_video(video), state).chunk(2, 2)[0])
+            return self.normalise(self.encode_pieces(self.check_video(video), state).chunk(2, 2)[0])
 
     def decode(self, z: Tensor, state: dict | None = None) -> Tensor:
-        """Normalised latents [B,F,C,h,w] -> [B,T,3,H,W] in [-1,1]: all or, with a state, the next."""
+        """Normalised latents [B,F,C,h,w] -> video [B,T,3,H,W] in [-1,1]; a state is used as in encode."""
         latents = self.denormalise(self.check_latents(z))
         if state is None:
             return self.reconstruct(latents).clamp_(-1, 1)
         with torch.no_grad():
-            return self.decoded(latents, state).clamp_(-1, 1)
+            return self.decode_pieces(latents, state).clamp_(-1, 1)
 
-    # trained through these two, `piece` latent frames at a time
+    # the same with gradients, for training; `piece`: latent frames computed at once
 
     def posterior(self, video: Tensor, piece: int | None = None) -> tuple[Tensor, Tensor]:
-        """[B,T,3,H,W] -> mean and log variance [B,F,C,h,w], not normalised."""
+        """Video [B,T,3,H,W] -> mean and log variance of its latents [B,F,C,h,w], not normalised."""
         check_finite(self.check_video(video), "video")
         frames = video.shape[1]
         if frames != (low := self.frame_count(self.latent_count(frames))):
             raise UserError(f"video of {frames} frames: must be 1 more than a multiple of {self.time}; "
                             f"give {low} or {low + self.time}")
-        return self.encoded(video, {}, piece).chunk(2, 2)
+        return self.encode_pieces(video, {}, piece).chunk(2, 2)
 
     def reconstruct(self, latents: Tensor, piece: int | None = None) -> Tensor:
-        """The way back from posterior's mean: latents, not normalised -> [B,T,3,H,W], not clamped."""
+        """Latents [B,F,C,h,w], not normalised -> video [B,T,3,H,W], not clamped."""
         check_finite(self.check_latents(latents), "latents")
-        return self.decoded(latents, {}, piece)
+        return self.decode_pieces(latents, {}, piece)
 
-    # piece by piece, right into what is returned: torch.cat at the end would need the room twice
+    # each piece is written directly into the result, since torch.cat at the end would need twice the memory
 
-    def encoded(self, video, state, piece=None):
-        short = 0 if "held" in state else self.time - 1  # frame 0 is a latent by itself
+    def encode_pieces(self, video, state, piece=None):
+        short = 0 if "held" in state else self.time - 1  # frame 0 fills a latent by itself
         video = torch.cat([state["held"], video], 1) if "held" in state else video
         B, T, _, H, W = video.shape
         count = (T + short) // self.time
         piece = piece or self.best_piece(B, H, W)
         video, held = video.tensor_split([count * self.time - short], 1)
-        state["held"] = held.clone()  # a view would keep the whole piece, and change when its owner reuses it
-        out = self.room(B, count, 2 * self.z_dim, H // self.space, W // self.space)
+        state["held"] = held.clone()  # a view would keep all of the video alive, and change with it
+        out = self.new_output(B, count, 2 * self.z_dim, H // self.space, W // self.space)
         for i in range(0, count, piece):
             part = video[:, max(0, i * self.time - short):(i + piece) * self.time - short]
-            x = self.encoder(self.ours(part).movedim(2, -1), state)
+            x = self.encoder(self.as_weights(part).movedim(2, -1), state)
             out[:, i:i + piece] = pointwise(self.conv1, x).movedim(-1, 2)
         return out
 
-    def decoded(self, latents, state, piece=None):
+    def decode_pieces(self, latents, state, piece=None):
         B, count, _, h, w = latents.shape
-        H, W = h * self.space, w * self.space
+        H = h * self.space
+        W = w * self.space
         short = 0 if self.decoder.conv1 in state else self.time - 1
         piece = piece or self.best_piece(B, H, W)
-        out = self.room(B, count * self.time - short, 3, H, W)
+        out = self.new_output(B, count * self.time - short, 3, H, W)
         for i in range(0, count, piece):
-            x = pointwise(self.conv2, self.ours(latents[:, i:i + piece]).movedim(2, -1))
+            x = pointwise(self.conv2, self.as_weights(latents[:, i:i + piece]).movedim(2, -1))
             y = self.decoder(x, state).movedim(-1, 2)
             out[:, max(0, i * self.time - short):(i + piece) * self.time - short] = y
         return out
 
     def best_piece(self, batch, height, width):
-        """Latent frames at a time."""
+        """The number of latent frames to compute at once, so that activations fit into PIECE_BYTES."""
         weight = self.conv2.weight
         frame = batch * height * width * self.width * weight.element_size()  # bytes at full resolution
-        frames = PIECE_BYTES["cpu" if weight.is_cpu else "cuda"] // frame - 2  # a convolution adds its tail
+        frames = PIECE_BYTES["cpu" if weight.is_cpu else "cuda"] // frame - 2  # and two frames of the past
         return max(1, frames // self.time)
 
-    def ours(self, x):
+    def as_weights(self, x):
         return x.to(self.conv2.weight.device, self.conv2.weight.dtype)
 
-    def room(self, *shape):
+    def new_output(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.conv2.weight.device)
 
     def frame_count(self, latents):
+        """Frames of a video of so many latent frames."""
         return max(0, self.time * (latents - 1) + 1)
 
     def latent_count(self, frames):
-        return (frames + self.time - 1) // self.time  # those complete after so many frames
+        """Latent frames that this many frames complete."""
+        return (frames + self.time - 1) // self.time
 
     def normalise(self, mean):
         return (mean - self.channels(self.latents_mean, mean)) / self.channels(self.latents_std, mean)
@@ -370,7 +381,7 @@ class WanVAE(nn.Module):
     def channels(self, values, like):
         return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
 
-    # refusals
+    # checks of the input
 
     def check_video(self, video):
         check_shape(video, "video", "[B,T,3,H,W]", 3)
@@ -399,7 +410,7 @@ def check_shape(x, what, layout, channels):
         raise UserError(f"{what} has shape {list(x.shape)}: nothing in it")
 
 
-def check_finite(x, what):  # not in the streams, where every look would make a GPU wait
+def check_finite(x, what):  # not for streams, where each check would make the CPU wait for the GPU
     if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
         raise UserError(f"{what} holds NaN or infinite values; mend what made it")
 
@@ -408,14 +419,14 @@ def check_finite(x, what):  # not in the streams, where every look would make a 
 # files
 
 def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
-    """A VAE for inference from a Wan or diffusers directory, Wan2.1_VAE.pth, or what `save` wrote."""
+    """A VAE for inference from a Wan or diffusers directory, a Wan2.1_VAE.pth, or a file written by save."""
     files, config = find(Path(path))
     weights, metadata = open_weights(*files)
     what = f"{files[0]} as a Wan2.1 VAE"
     if "encoder.conv_in.weight" in weights:
         blocks = {k.split(".")[4] for k in weights if k.startswith("decoder.up_blocks.0.resnets.")}
         weights = {official(name, len(blocks) + 1): stored for name, stored in weights.items()}
-    sizes = geometry(weights, what)
+    sizes = sizes_of(weights, what)
     stats = {k: (config | metadata).get(k) for k in ("latents_mean", "latents_std")}
     if None in stats.values():
         if sizes["z_dim"] != len(WAN_MEAN):
@@ -428,12 +439,12 @@ def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
 
 
 def save(vae: WanVAE, path: str | Path):
-    """Official names, with the latents' mean and std in the metadata."""
+    """Writes a safetensors file with the official names and, as metadata, the latents' mean and std."""
     save_tensors(path, vae.state_dict(), latents_mean=vae.latents_mean, latents_std=vae.latents_std)
 
 
 def find(path):
-    """(weight files, diffusers config or {}) of what the user calls the VAE."""
+    """(weight files, diffusers config or {}) of the VAE at path, a file or a directory."""
     if path.is_file():
         return [path], {}
     for name in ("vae.safetensors", "Wan2.1_VAE.pth"):
@@ -446,12 +457,13 @@ def find(path):
                     f"[vae/]diffusion_pytorch_model.safetensors with its config.json")
 
 
-def geometry(weights, what):
-    """The sizes of a VAE, read from the shapes of its weights."""
+def sizes_of(weights, what) -> dict:
+    """The sizes of a WanVAE, read from the shapes of its weights."""
     try:
         downs = sorted(int(k.split(".")[2]) for k in weights
                        if re.fullmatch(r"encoder\.downsamples\.\d+\.resample\.1\.weight", k))
-        width, blocks = weights["encoder.conv1.weight"].shape[0], downs[0]
+        width = weights["encoder.conv1.weight"].shape[0]
+        blocks = downs[0]
         last = [f"encoder.downsamples.{i * (blocks + 1)}.residual.2.weight" for i in range(len(downs) + 1)]
         return {"width": width, "multipliers": tuple(weights[k].shape[0] // width for k in last),
                 "blocks": blocks, "z_dim": weights["conv2.weight"].shape[0],
@@ -471,18 +483,18 @@ RENAMES = (  # diffusers -> official
 
 
 def official(name: str, per_level: int) -> str:
-    """A diffusers tensor name as Wan calls it; per_level is the number of decoder layers on one level."""
+    """Wan's name of a diffusers tensor; per_level is the number of decoder layers on each level."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name):
-        level, kind, i = int(match[1]), match[2], int(match[3])
-        at = level * per_level + (i if kind == "resnets" else per_level - 1)
-        name = f"decoder.upsamples.{at}." + name[match.end():]
+        position = int(match[3]) if match[2] == "resnets" else per_level - 1
+        layer = int(match[1]) * per_level + position
+        name = f"decoder.upsamples.{layer}." + name[match.end():]
     return name
 
 
 def channels_last(vae):
-    """Copies the weights into the memory order of the activations, so that no call has to reorder them."""
+    """Copies the weights into the memory order of the activations, so that no call needs to reorder them."""
     order = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in vae.parameters():
         p.data = p.data.clone(memory_format=order.get(p.dim(), torch.contiguous_format))

@@ -87,7 +87,7 @@ def test_a_rollout_is_a_real_chunk_and_what_the_model_makes_of_it(world, make):
 def test_meta_says_how_it_was_made(world, make):
     meta = json.loads((make(round=1) / "meta.json").read_text())
     before = json.loads((world / "agg_0/meta.json").read_text())
-    assert {k: meta[k] for k in rollout.GEOMETRY} == {k: before[k] for k in rollout.GEOMETRY}
+    assert {k: meta[k] for k in data.SHARED} == {k: before[k] for k in data.SHARED}
     del before["seed"]
     assert meta == before | {
         "data": str(world / "agg_0"), "data_fingerprint": common.fingerprint(world / "agg_0/index.jsonl"),
@@ -311,7 +311,7 @@ def test_another_model_or_other_data_are_told_apart(world, make, tmp_path):
     (dict(kinds="cc"), "--count 1: stores/.* has 0 seed clips"),
     (dict(kinds="scs", count=3), "--count 3: stores/.* has 2 seed clips"),
     (dict(kinds="ss", count=0), "--count 0: "), (dict(kinds="ss", count=-1), "--count -1: "),
-    (dict(frames=3), "clips of 3 latent frames; rollouts need multiples of 3, 6 at least"),
+    (dict(frames=3), "clips of 3 latent frames; rollouts need multiples of 3, at least 6"),
     (dict(frames=7), "clips of 7 latent frames"),
     (dict(channels=8), "latents of 8 channels and text of width 64; .*model takes 16 and 64"),
     (dict(text_dim=32), "latents of 16 channels and text of width 32; .*model takes 16 and 64")])
@@ -335,7 +335,7 @@ def test_refusals(make, flags, message):
 def test_a_store_without_the_empty_prompt(world, make):
     fill(Path("agg"), world / "wan")
     Path("agg/empty.safetensors").unlink()
-    with pytest.raises(UserError, match="agg/empty.safetensors is missing, the empty prompt that guidance"):
+    with pytest.raises(UserError, match="agg/empty.safetensors is missing, the embedding of the empty"):
         make(data="agg")
 
 
@@ -344,10 +344,10 @@ def test_another_vae(world, make, tmp_path):
     other.conv2.bias.data += 1
     (tmp_path / "wan").mkdir()
     wan_vae.save(other, tmp_path / "wan/vae.safetensors")
-    with pytest.raises(UserError, match="wan has another VAE than the one that made .*agg_0; give --wan /"):
+    with pytest.raises(UserError, match="wan has another vae than .*agg_0 was made with; give --wan /"):
         make(wan="wan")
     model.save(model.load(world / "model"), "model", wan="../wan")  # beside the model, which says so
-    with pytest.raises(UserError, match="/wan has another VAE"):
+    with pytest.raises(UserError, match="/wan has another vae"):
         make(model="model")
     model.save(model.load(world / "model"), "model")  # does not say; the data does
     assert len(data.Clips(make(model="model"))) == 5
