@@ -153,13 +153,24 @@ def complete(cfg: Config, before: dict, ranks) -> Config:
     wan = cfg.wan or trained.get("wan")
     if not wan:
         raise UserError(f"{cfg.model} names no Wan directory for VAE and text encoder; give --wan DIR")
-    if cfg.image and not trained.get("image_first"):
-        print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
+    warn_of_untrained(cfg, trained)
     paths = {"model": cfg.model, "wan": wan, "extend": cfg.extend, "image": cfg.image}
     paths = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
     width, height, *_ = data.geometry(wan, cfg.size)
     return dataclasses.replace(common.for_device(cfg, ranks.device), **paths, size=f"{width}x{height}",
                                context=cfg.keep if cfg.context is None else cfg.context)
+
+
+def warn_of_untrained(cfg: Config, trained: dict):
+    """Says where a model is asked for what its training, as its config.json tells, did not show it."""
+    mode = trained.get("mode")
+    if cfg.image and not trained.get("image_first"):
+        print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
+    if mode == "full":
+        print0(f"warning: {cfg.model} was trained bidirectionally (--mode full), never chunk by chunk")
+    if mode in ("tf", "rf") and (cfg.context_noise or cfg.history_guidance):
+        print0(f"warning: {cfg.model} was trained with --mode {mode} and has never seen a noisy past, which "
+               "--context-noise and --history-guidance show it")
 
 
 def given(cfg: Config) -> set[str]:

@@ -215,6 +215,17 @@ def test_a_model_trained_for_images_gets_no_warning(make, models, tmp_path, caps
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode,flags,warning", [
+    ("full", {}, "trained bidirectionally"), ("df", dict(context_noise=0.2), None), ("rf", {}, None),
+    ("rf", dict(context_noise=0.2), "--mode rf and has never seen a noisy past"),
+    ("tf", dict(history_guidance=1.2), "--mode tf and has never seen a noisy past")])
+def test_what_a_model_was_never_trained_for_is_said(mode, flags, warning, make, models, capsys):
+    model.save(model.load(models / "model"), "m", wan=str(models / "wan"), mode=mode)
+    make(model="m", prompt="a red disc", **flags)
+    printed = capsys.readouterr().out
+    assert warning in printed if warning else "warning" not in printed
+
+
 def test_the_prompt_changes_at_a_slide(make, spy):
     """Windows of 9 that keep 6: slides at latents 9, 12, 15, which begin at 2.06, 2.81 and 3.56 s."""
     calls, _ = spy
