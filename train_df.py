@@ -262,7 +262,7 @@ class Samples:
     def layout(self) -> tuple:
         """Who sees whom in training, for counting what it costs."""
         _, _, height, width = self.shape
-        kind = model.teacher_layout if self.cfg.mode in ("tf", "rf") else model.causal_layout
+        kind = model.teacher_layout if self.cfg.mode not in ("df", "full") else model.causal_layout
         return kind(self.sizes(None), height * width // model.PATCH**2)
 
     def micro_batch(self, share) -> Batch:
