@@ -34,13 +34,11 @@ if [ "$WAN" ]; then
     [ "$VIDEOS" ] || refuse "VIDEOS is missing: a folder of videos with captions, or a .csv or .jsonl list"
 elif [ "${QUICK:-}" ]; then
     OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8
-    BASE_STEPS=4
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else
-    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-900} LENGTH=${LENGTH:-8} CLIPS=600 STARTS=48
-    BASE_STEPS=200          # more of them made no better models, only fewer steps left for these
-    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
+    OUT=${OUT:-toy_run} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-900} LENGTH=${LENGTH:-24} CLIPS=600 STARTS=48
+    TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
                     --log-every 50 --eval-every 450 --save-every 200 --preview-every 0"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
 fi
@@ -88,17 +86,12 @@ if [ "$WAN" ]; then
 else
     stage "a toy world"
     one toy.py --out "$OUT/toy" --clips "$CLIPS" --starts "$STARTS" --seed "$SEED"
-    WAN_DIR=$OUT/toy/wan VIDEOS=$OUT/toy/videos PROMPTS=$OUT/toy/prompts.jsonl base=$OUT/base
+    base=$OUT/toy/wan VIDEOS=$OUT/toy/videos PROMPTS=$OUT/toy/prompts.jsonl
 fi
 
 # ------------------------------------------------------------------------------------------- Algorithm 1
 stage "seed data"
-all prepare.py --videos "$VIDEOS" --wan "${WAN_DIR:-$WAN}" --out "$OUT/agg_0" --seed "$SEED" $PREPARE
-if [ -z "$WAN" ]; then
-    stage "the toy's base model, bidirectional as Wan is"
-    train --mode full --data "$OUT/agg_0" --init "$WAN_DIR" --out "$base" $TRAIN --steps "$BASE_STEPS" \
-        --seed "$SEED"
-fi
+all prepare.py --videos "$VIDEOS" --wan "$base" --out "$OUT/agg_0" --seed "$SEED" $PREPARE
 init=$base
 for ((k = 0; k <= ROUNDS; k++)); do
     stage "round $k of $ROUNDS: train model_$k"

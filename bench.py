@@ -3,6 +3,7 @@
     python bench.py vae --width 32 --frames 33 --size 128x128      # the VAE against diffusers'
     python bench.py train --frames 81 --size 32x32                 # a training step against its bare passes
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
+    python bench.py history --frames 765 --size 192x192 --batch 1 --steps 1  # time by length of the past
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
     python bench.py plan --wan Wan2.1-T2V-1.3B --videos clips/ --out run     # cost of a run of bagger.sh
 """
@@ -47,14 +48,17 @@ MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, t
 @dataclass
 class Config:
     # What to measure; plan: the cost of a run of bagger.sh
-    what: Literal["vae", "train", "generate", "plan"] = positional()
+    what: Literal["vae", "train", "generate", "history", "plan"] = positional()
     width: int = 32  # Base width of the VAE (vae); Wan2.1's is 96
     model: Literal["toy", "1.3B"] = "toy"  # Size of the transformer; its weights are random
     frames: int = 33  # Frames of a video, 4n+1
     size: str = "128x128"  # Size of a video, WIDTHxHEIGHT
-    batch: int = 16  # Clips per training step, or videos generated at once
+    batch: int = 16  # Clips per training step, or videos generated at once (generate, history)
     micro: int = 16  # Clips per forward and backward pass (train)
-    steps: int = 10  # Solver steps per chunk (generate)
+    steps: int = 10  # Solver steps per chunk (generate, history)
+    route: int = 5  # Past chunks that a query attends to where history is routed (history)
+    sink: int = 1  # Chunks that stay in a rolling window (history)
+    window: int = 21  # Latent frames of this window (history)
     repeats: int = 5  # Repetitions of each measurement, of which the median is shown
     soak: int = 200  # Further steps over which the growth of memory is measured (train)
     wan: str = ""  # Plan: the Wan directory that training starts from
@@ -81,7 +85,9 @@ def main(cfg: Config):
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else f"{cpu()}, {threads}"
     print(f"{name}, torch {torch.__version__}, {cfg.dtype}", flush=True)
-    {"vae": bench_vae, "train": bench_train, "generate": bench_generate, "plan": plan}[cfg.what](cfg)
+    benches = {"vae": bench_vae, "train": bench_train, "generate": bench_generate, "history": bench_history,
+               "plan": plan}
+    benches[cfg.what](cfg)
 
 
 def cpu():
@@ -254,6 +260,40 @@ def bench_generate(cfg: Config):
           f"{cfg.batch * cfg.frames / ours:.1f} frames/s")
 
 
+@torch.no_grad()
+def bench_history(cfg: Config):
+    """Seconds per chunk against the number of chunks before it: with all of them in view, with history
+    routing, and with a rolling window. The three take turns at every chunk."""
+    sizes = MODELS[cfg.model]
+    frames, *shape = latent_shape(cfg)
+    net = model.WanModel(sizes, getattr(torch, cfg.dtype)).init_weights("bench").to(cfg.device)
+    text = [torch.randn(8, sizes.text_dim, device=cfg.device) for _ in range(cfg.batch)]
+    sampling = diffusion.Sampling(cfg.steps, guidance=1.0)
+
+    def stream(route, **options):
+        chunks = diffusion.generate(net, text, None, sampling, shape=shape, frames=frames, **options)
+        while True:
+            net.route = route
+            start = time.perf_counter()
+            if next(chunks, None) is None:
+                return
+            if cfg.device.startswith("cuda"):
+                torch.cuda.synchronize(cfg.device)
+            yield time.perf_counter() - start
+
+    streams = (stream(None, window=frames, keep=3), stream(cfg.route, window=frames, keep=3),
+               stream(None, window=cfg.window, sink=cfg.sink))
+    times = list(zip(*streams, strict=True))
+    print(f"{cfg.model}, {cfg.batch} videos of {shape[1] * shape[2] // model.PATCH**2 * 3} tokens a chunk, "
+          f"{cfg.steps} steps a chunk, unguided; median seconds of a chunk\n\n"
+          f"| chunks  | all of the past | route {cfg.route:2} | window of {cfg.window}, sink {cfg.sink} |\n"
+          "|---------|-----------------|----------|----------------------|")
+    for first in range(0, len(times), 8):
+        part = times[first:first + 8]
+        dense, routed, rolled = (statistics.median(column) for column in zip(*part, strict=True))
+        print(f"| {first + 1:2} .. {first + len(part):2} | {dense:15.3f} | {routed:8.3f} | {rolled:20.3f} |")
+
+
 # ----------------------------------------------------------------------------------------------------
 # the plan of a real run: the disk that each stage takes and, if there is a GPU, its time on one GPU
 
@@ -409,7 +449,7 @@ def plan_sample(facts: Run):
     seconds = None
     if facts.device:
         window = flags.window
-        slide = window - flags.keep
+        slide = window - flags.keep if flags.sink is None else sample.CHUNK
         first = time_generate(facts, flags, window, window, flags.keep)
         again = time_generate(facts, flags, window + slide, window, flags.keep) - first
         latents = sum(first * min(n / window, 1) + again * max(n - window, 0) / slide for n in facts.videos)
@@ -484,7 +524,8 @@ def time_training(facts: Run) -> float:
         sizes = replace(sizes, num_layers=max(1, min(blocks, sizes.num_layers)))
     with training(sizes, facts.latents, replace(facts.train, batch=2 * micro, device=facts.device)) as step:
         [seconds] = alternate(3, facts.device, step.run)
-        whole, part = (model.forward_flops(c, step.clips.layout()) for c in (facts.sizes, sizes))
+        whole, part = (model.forward_flops(c, step.clips.layout(), facts.train.route)
+                       for c in (facts.sizes, sizes))
     return seconds / (2 * micro) * whole / part
 
 
@@ -493,6 +534,7 @@ def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin:
     """Seconds to generate the latents of a video that continues `begin` of them. All solver steps take the
     same time, so a few are measured."""
     net = model.load(facts.wan, facts.device, precision(facts, flags))
+    net.route = facts.train.route if flags.route is None else flags.route or None
     if common.for_device(flags, torch.device(facts.device)).compile:
         net.compile_blocks()
     text = [torch.randn(8, net.config.text_dim, device=facts.device) for _ in range(flags.batch)]
@@ -501,7 +543,7 @@ def time_generate(facts: Run, flags, frames: int, window: int, keep: int, begin:
     def generate(steps):
         sampling = diffusion.Sampling(steps, guidance=flags.guidance, solver=flags.solver)
         list(diffusion.generate(net, text, 0 * text[0], sampling, shape=facts.latents[1:], frames=frames,
-                                context=context, window=window, keep=keep))
+                                context=context, window=window, keep=keep, sink=getattr(flags, "sink", None)))
     two, four = alternate(3, facts.device, lambda: generate(2), lambda: generate(4))
     return (two + (flags.steps - 2) * (four - two) / 2) / flags.batch
 

@@ -179,6 +179,11 @@ class History:
         v = self.model(self.for_each(x), t, self.text, chunk=(size,), cache=self.cache, start=self.shown)
         return (self.weights * v.unflatten(0, (branches, batch))).sum(0)
 
+    def roll(self, frames: int, sink: int):
+        """Drops the oldest chunks but for the first `sink`, until no more than so many frames are left."""
+        while self.shown > frames:
+            self.shown -= self.cache.roll(sink)
+
     def for_each(self, x):
         return x.repeat(len(self.levels), 1, 1, 1, 1)
 
@@ -188,18 +193,21 @@ class History:
 
 @torch.no_grad()
 def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, context=None, seed: int = 0,
-             ids=None, chunk: int = 3, window: int = 21, keep: int = 12, reenter=None):
+             ids=None, chunk: int = 3, window: int = 21, keep: int = 12, reenter=None,
+             sink: int | None = None):
     """Yields (first frame, latents [B, f, C, H, W]): the context if there is one, then chunk by chunk; each
     sees those before it through the KV cache.
 
     text      B embeddings [n, text_dim], or [(first latent frame, B embeddings), ...] in rising order: the
-              text changes at the first window slide at or after that frame
+              text changes at the first window slide at or after that frame (with a sink: the first chunk)
     null      the embedding guidance pushes away from (the empty prompt's); None if there is no guidance
     shape     (C, H, W) of a latent frame
     context   latents [B, f, C, H, W] to continue; one frame (an image) makes chunks 1, 3, 3, ...
     ids       a name for each sample: its noise is a function of (seed, id, chunk), whatever the batch
     window    what the model sees at once; when full, its last `keep` frames begin the next one
     reenter   a function of those frames, [B, keep, C, H, W], to what the next window is shown of them
+    sink      None, or how many chunks at the start stay in the cache while the window rolls: when it is full,
+              the oldest other chunk makes room for the next. Nothing is computed anew; no keep, no reenter
     """
     schedule = text if isinstance(text[0], tuple) else [(0, text)]
     batch = len(schedule[0][1])
@@ -207,11 +215,8 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
     ids = list(range(batch)) if ids is None else ids
     begin = 0 if context is None else context.shape[1]
     branches = guidance_branches(sampling)
-    check_plan(begin, frames, chunk, window, keep)
-    if len(ids) != batch or (begin and len(context) != batch):
-        raise ValueError(f"{batch} prompts need {batch} ids and contexts, not {len(ids)} ids")
-    if null is None and len(branches) > 1:
-        raise ValueError("guidance needs the embedding of the empty prompt")
+    check_plan(begin, frames, chunk, window, keep, sink)
+    check_batch(batch, ids, context, null, branches)
     texts = [(first, branch_text(rows, null, branches).to(device)) for first, rows in schedule]
     cache = model.new_cache(batch * len(branches), window, *shape[1:])
     sigmas = sigma_grid(sampling.steps, sampling.shift, sampling.solver)
@@ -237,17 +242,21 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
         show(0, latest, leading_sizes(begin, chunk))
     while at < frames:
         size = min(chunk, frames - at)
-        if at - origin + size > window:
+        current = [rows for first, rows in texts if first <= at][-1]
+        if sink is not None:
+            history.text = current
+            history.roll(window - size, sink)
+        elif at - origin + size > window:
             origin = at - keep
             latest = latest[:, -keep:]
-            current = [rows for first, rows in texts if first <= at][-1]
             history = History(model, cache, current, branches)
             show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
         x = SOLVERS[sampling.solver](history.velocity, draw("noise", at, size), sigmas,
                                      lambda i, at=at, size=size: draw(f"noise of step {i}", at, size))
         yield at, x
         latest = torch.cat([latest, x], 1)[:, -keep:]
-        if at + size < frames and at + size + chunk - origin <= window:  # else nobody would read it
+        read = sink is not None or at + size + chunk - origin <= window  # if there is a next chunk
+        if read and at + size < frames:
             show(at, x, (size,))
         at += size
 
@@ -264,7 +273,14 @@ def leading_sizes(frames: int, chunk: int) -> tuple[int, ...]:
     return ((rest,) if rest else ()) + (chunk,) * whole
 
 
-def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int):
+def check_batch(batch: int, ids, context, null, branches):
+    if len(ids) != batch or (context is not None and len(context) != batch):
+        raise ValueError(f"{batch} prompts need {batch} ids and contexts, not {len(ids)} ids")
+    if null is None and len(branches) > 1:
+        raise ValueError("guidance needs the embedding of the empty prompt")
+
+
+def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int, sink: int | None = None):
     if begin > window - chunk:
         raise UserError(f"a context of {begin} latent frames leaves no room in a window of {window}; give at "
                         f"most {(window - chunk) // chunk * chunk}")
@@ -272,7 +288,13 @@ def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int):
         less = begin + max((frames - begin) // chunk, 1) * chunk
         raise UserError(f"{frames} latent frames after a context of {begin} are no chunks of {chunk}; use "
                         f"{less} or {less + chunk}")
-    if keep % chunk or not 0 < keep <= window - chunk:
+    if sink is not None:
+        sizes = leading_sizes(begin, chunk)
+        held = sum(sizes[:sink]) + chunk * max(sink - len(sizes), 0)
+        if sink < 0 or held > window - 2 * chunk:
+            raise UserError(f"a sink of {sink} chunks in a window of {window}: it must be at least 0, and "
+                            f"leave room for 2 chunks of {chunk} latent frames")
+    elif keep % chunk or not 0 < keep <= window - chunk:
         raise UserError(f"a window of {window} cannot keep {keep} frames; keep a multiple of {chunk} below")
 
 

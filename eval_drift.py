@@ -3,17 +3,19 @@
     python eval_drift.py videos/                                    one method, into report/
     python eval_drift.py DF=df/videos R3=r3/videos --out report     methods to compare, by any models
     python eval_drift.py videos/ --weights vbench/                  with VBench's networks: Table 1
-    python eval_drift.py videos/ --toy                              toy videos: is the sprite still there?
+    python eval_drift.py videos/ --toy                              toy videos, against the exact truth
     python eval_drift.py videos/ --model model_1 --data agg_0       also probe the model for exposure bias
     torchrun --nproc-per-node 8 eval_drift.py ...                   videos spread over 8 GPUs
 
 Without weight files it reports colour, detail and motion, which need none. Every video's scores are kept in
 report/scores: a killed run continues where it stopped, and weights added later compute only what is new.
+--toy adds two methods of its own, which show what a measure is worth: a still picture, and the truth.
 Exit status 3: a video was skipped, for the reason that is printed (0 with --allow-skips).
 """
 
 import functools
 import itertools
+import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -29,6 +31,7 @@ import common
 import data
 import metrics
 import probe
+import readings
 import report
 import toy
 from common import UserError, print0
@@ -44,7 +47,8 @@ class Config:
     # result files written by VBench itself (*_eval_results.json); their scores replace those computed here
     vbench: tuple[str, ...] = ()
     real: str | None = None  # folder of real videos; adds each method's Frechet distance to them
-    toy: bool = False  # the videos show toy.py's world; adds whether its sprite and background last
+    # the videos show toy.py's world: judge them by the exact truth, beside a still picture and the truth
+    toy: bool = False
     extra: bool = False  # add local contrast and flicker
     # score every n-th frame by the metrics that need no weights; VBench's networks see every frame
     stride: int = 4
@@ -62,7 +66,7 @@ class Config:
     device: str | None = None  # cuda or cpu (default: cuda if available)
 
 
-VERSION = 2  # of the files in scores/
+VERSION = 3  # of the files in scores/
 FLOOR = 1e-3  # of means in a ratio: smaller ones, of rare pixels or still frames, would make it meaningless
 DEFINITIONS = {
     "score": "the whole video's: the mean over its frames, or as VBench defines it",
@@ -74,8 +78,8 @@ DEFINITIONS = {
     "abs_log_ratio": "|log_ratio|, in which drifts up and down do not cancel; shown as a factor",
     "motion_quality": "mean of motion smoothness x100 and dynamic degree x100 (the paper's Table 2)",
     "frame_quality": "mean of aesthetic quality x100 and imaging quality (the paper's Table 2)",
-    "frechet": "Frechet distance to real frames, by fifths of the time, all videos of a method together, "
-               "on the features of a fixed random convolutional network",
+    "frechet": "Frechet distance to real videos, by fifths of the time, all videos of a method together, on "
+               "the features by a fixed random convolutional network of windows of 4 frames over 0.75 s",
     "mean": "over prompts, each prompt's videos averaged first; those that continue another video, or "
             "another image, count as of another prompt",
     "sem": "standard error of that mean, of the probes' over clips; what is in parentheses",
@@ -87,6 +91,10 @@ DEFINITIONS = {
                       "they are. Negative: its own are easier for it (simpler, or real ones are strange to "
                       "it); positive: harder (wilder). Of the first chunk behind a real one, which shows "
                       "misfit, and of the last, which shows drift too",
+    "frozen": "a control: the last given frame of each video, repeated",
+    "truth": "a control: the exact continuation, encoded and decoded by the toy's VAE; a measure marked † "
+             "rates frozen better than this, and so rewards stillness",
+    "median": "of the videos' survival; > where more than half of them survive to their end",
     "recovery": "a real context of 4 chunks is spoilt in pixels, then continued: chunks until the latents' "
                 "mean and std, saturation and detail are all within 5..95 % of the data's",
 }
@@ -97,6 +105,8 @@ def main(cfg: Config):
     if bool(cfg.model) != bool(cfg.data) or min(cfg.stride, cfg.batch, cfg.clips) < 1:
         raise UserError("--model and --data go together; --stride, --batch and --clips are at least 1")
     folders = name_methods(cfg.videos)
+    if cfg.toy and folders.keys() & set(report.CONTROLS):
+        raise UserError("with --toy, frozen and truth are the controls' names; give NAME=folder")
     out = Path(cfg.out)
     (out / "scores").mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
@@ -104,6 +114,8 @@ def main(cfg: Config):
     clips, skipped = find_videos(folders, cfg.toy, ranks)
     require(clips, skipped)
     print0(f"{len(clips)} videos in {', '.join(folders)}; {len(skipped)} skipped")
+    if cfg.toy:
+        clips = with_controls(out, clips, ranks)
     real, real_skipped = [], {}
     if cfg.real:
         real, real_skipped = find_videos({"real": Path(cfg.real)}, False, ranks, same_kind=False)
@@ -144,6 +156,8 @@ class Clip(NamedTuple):
     begin: str | None  # the video or image that it continues
     seed: int | None
     key: str  # fingerprint of the file
+    origin: readings.Origin | None = None  # of a toy video whose world is known
+    truth: "Clip | None" = None  # the control that shows how that world goes on
 
 
 def require(clips: list[Clip], skipped: dict[str, str]):
@@ -191,7 +205,7 @@ def find_videos(folders: dict[str, Path], is_toy: bool, ranks, same_kind=True):
         prompt = str(tags.get("prompt") or text or path.stem).strip()
         return Clip(method, path.relative_to(folders[method]).as_posix(), path, video.fps, video.width,
                     video.height, video.frames, prompt, tags.get("extend") or tags.get("image"),
-                    tags.get("seed"), common.fingerprint(path))
+                    tags.get("seed"), common.fingerprint(path), readings.origin_of(tags) if is_toy else None)
 
     results = []  # (index, a Clip or why it is skipped)
     for i, row in list(enumerate(listed))[ranks.rank::ranks.world]:
@@ -220,20 +234,70 @@ def kind(clip: Clip) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# the controls of a toy's report: what a perfect model would have made, and a still picture
+
+def with_controls(out: Path, clips: list[Clip], ranks) -> list[Clip]:
+    """The clips, each with its truth, then both controls of all whose world is known. Made once; ranks share
+    the work."""
+    wanted = {}  # {a control's name: the first clip that needs it}
+    needs = set()
+    for clip in clips:
+        need = clip.origin, clip.frames, clip.begin, clip.prompt, clip.seed
+        if clip.origin and need not in needs:
+            needs.add(need)
+            name = clip.name if clip.name not in wanted else f"{clip.method} {clip.name}".replace("/", " ")
+            wanted[name] = clip
+    folders = {method: out / "controls" / method for method in report.CONTROLS}
+    for name, clip in list(wanted.items())[ranks.rank::ranks.world]:
+        write_controls(folders, name, clip)
+    common.gathered([], ranks)  # all are written
+    unknown = sum(not clip.origin for clip in clips)
+    if unknown:
+        print0(f"of {unknown} videos the tags do not say which world they show: judged without the truth")
+    if not wanted:
+        return clips
+    found, _ = find_videos(folders, True, ranks)
+    controls = [clip for clip in found if clip.name in wanted]
+    truths = {(clip.origin, clip.frames): clip for clip in controls if clip.method == "truth"}
+    return [clip._replace(truth=truths.get((clip.origin, clip.frames))) for clip in clips + controls]
+
+
+def write_controls(folders: dict[str, Path], name: str, clip: Clip):
+    """The controls for one video, unless they are there. They begin with the frames that it was given."""
+    seed, number, first, given = clip.origin
+    tags = {"prompt": clip.prompt, "seed": clip.seed, "frames": clip.frames, "of": clip.origin}
+    tags |= {"extend": clip.begin, "context": (given + 3) // 4} if clip.begin else {"world": [seed, number]}
+    tags = json.loads(json.dumps(tags))  # as they are read back
+    if all((folder / name).exists() and data.read_tags(folder / name) == tags for folder in folders.values()):
+        return
+    if clip.begin:
+        begin = data.read_clip(data.probe(clip.begin), given, toy.FPS, start=-given)
+    else:
+        begin = data.to_uint8(toy.render(toy.draw_world(seed, number), given, first))
+    rest = {"frozen": begin[-1:].expand(max(0, clip.frames - given), -1, -1, -1),
+            "truth": readings.true_frames(clip.origin, clip.frames)[given:]}
+    for method, folder in folders.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        video = torch.cat([begin, rest[method]])[:clip.frames]
+        data.write_video(folder / name, [video], toy.FPS, tags)
+
+
+# ----------------------------------------------------------------------------------------------------
 # scoring: each video is decoded once, in pieces that go to all scorers
 
 class Job(NamedTuple):
     clip: Clip
     file: Path
     scorers: list
-    features: list[str]  # stored too: toy (toy.fit's readings), frechet
+    features: list[str]  # stored too: toy (what readings.fit reads, and the PSNR to the truth), frechet
     fps: Fraction | None = None  # to resample the video to
     size: tuple[int, int] | None = None
 
 
 def score_file(out: Path, clip: Clip, stride: int, *shape) -> Path:
     """Named after the file's bytes and the settings: a video that moves or is renamed is not scored again."""
-    settings = f"{common.seed_of(VERSION, stride, str(shape)) % 16**8:08x}"
+    truth = clip.truth.key if clip.truth else None
+    settings = f"{common.seed_of(VERSION, stride, str(shape), truth) % 16**8:08x}"
     return out / "scores" / f"{clip.key}-{settings}.safetensors"
 
 
@@ -260,23 +324,29 @@ def score(job: Job, stride: int, device, bar):
         return
     parts = defaultdict(list)
     seen = 0
+    if "frechet" in features:
+        scorers = [*scorers, metrics.frechet_scorer(device, stride)]
+    truth = data.read_frames(data.probe(job.clip.truth.path)) if job.clip.truth else None
     for scorer in scorers:
         scorer.start(float(job.fps or job.clip.fps))
     for piece in pieces(job):
         for scorer in scorers:
             scorer.add(piece)
-        sampled = piece[-seen % stride::stride]
-        if "toy" in features and len(sampled):
-            for name, value in toy.fit(sampled).items():
+        sampled = slice(-seen % stride, None, stride)
+        true = list(islice(truth, len(piece))) if truth else None
+        if "toy" in features and len(piece[sampled]):
+            for name, value in readings.fit(piece[sampled]).items():
                 parts[f"toy.{name}"].append(value)
-        if "frechet" in features and len(sampled):
-            parts["frechet"].append(metrics.frechet_features(sampled.to(device)).cpu())
+            if truth:
+                parts["toy.psnr"].append(readings.psnr(piece[sampled], torch.stack(true)[sampled]))
         seen += len(piece)
         bar.update(len(piece))
-    for scorer in scorers:
-        for name, curve in scorer.finish().items():
-            tensors[name] = torch.from_numpy(np.stack([curve.frame, curve.value]).astype(np.float64))
-            totals[name] = float(curve.total)
+    for name, curve in ((name, curve) for scorer in scorers for name, curve in scorer.finish().items()):
+        if name == "frechet":
+            tensors[name] = curve
+            continue
+        tensors[name] = torch.from_numpy(np.stack([curve.frame, curve.value]).astype(np.float64))
+        totals[name] = float(curve.total)
     tensors |= {name: torch.cat(rows) for name, rows in parts.items()}
     common.save_tensors(job.file, tensors, totals=totals)
 
@@ -329,11 +399,29 @@ def read_curves(cfg: Config, clip: Clip, names: list[str]):
     tensors, totals = read_scores(score_file(Path(cfg.out), clip, cfg.stride))
     curves = {name: tensors[name].numpy() for name in names if name in totals}
     if cfg.toy:
-        reading = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("toy.")}
-        for name, value in toy.judge(reading, clip.prompt, cfg.stride).items():
-            if not value.isnan().all():  # the prompt may name no shape
-                curves[name] = np.stack([cfg.stride * np.arange(len(value)), value.double().numpy()])
+        judged, seconds = judge(cfg, clip, read_readings(tensors))
+        totals |= {"survival": seconds} if clip.truth else {}
+        for name in readings.READINGS:
+            if name in judged and not judged[name].isnan().all():  # the prompt may name no shape
+                value = judged[name].double().numpy()
+                curves[name] = np.stack([cfg.stride * np.arange(len(value)), value])
     return curves, totals, tensors.get("frechet")
+
+
+def read_readings(tensors: dict) -> dict[str, torch.Tensor]:
+    return {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("toy.")}
+
+
+def judge(cfg: Config, clip: Clip, reading: dict) -> tuple[dict, float]:
+    """(READINGS of each frame, seconds that the video survives), by the truth if that is known."""
+    if not clip.truth:
+        return readings.judge(reading, clip.prompt, cfg.stride), math.nan
+    true, _ = read_scores(score_file(Path(cfg.out), clip.truth._replace(truth=clip.truth), cfg.stride))
+    truth = readings.truth_of(clip.origin, read_readings(true))
+    judged = readings.judge(reading, clip.prompt, cfg.stride, truth)
+    seconds = readings.survival(judged["right"], clip.frames / toy.FPS, cfg.stride)
+    time = torch.arange(len(judged["right"])) * cfg.stride / toy.FPS
+    return judged | {"psnr": reading["psnr"], "survival": time < seconds}, seconds
 
 
 def summarise(cfg: Config, clips: list[Clip], real: list[Clip], shape) -> dict:
@@ -359,21 +447,43 @@ def summarise(cfg: Config, clips: list[Clip], real: list[Clip], shape) -> dict:
                 scores[name] = {"score": mean(points)}
     rows = {method: [v for v in videos if v["method"] == method] for method in dict.fromkeys(
         video["method"] for video in videos)}
-    frechet = {}
-    if cfg.real:
-        stored = [read_scores(score_file(Path(cfg.out), clip, cfg.stride, *shape))[0] for clip in real]
-        reference = torch.cat([tensors["frechet"] for tensors in stored])
-        frechet = {method: [metrics.frechet_distance(reference, torch.cat(fifth))
-                            for fifth in fifths[method]] for method in rows}
-    explained = metrics.FREE | metrics.DIMENSIONS | metrics.OPTIONAL | toy.READINGS
+    explained = metrics.FREE | metrics.DIMENSIONS | metrics.OPTIONAL | readings.READINGS
+    shown = set(names) | {name for video in videos for name in video["curves"]}
     return {"version": VERSION, "definitions": DEFINITIONS, "settings": {
                 k: v for k, v in asdict(cfg).items() if k not in ("out", "device", "allow_skips")},
-            "metrics": {k: v for k, v in explained.items() if k in names or (cfg.toy and k in toy.READINGS)},
+            "metrics": {k: v for k, v in explained.items() if k in shown},
             "mean": {method: over_videos(group, mean) for method, group in rows.items()},
             "sem": {method: over_videos(group, sem) for method, group in rows.items()},
+            "median": {method: median_survival(group) for method, group in rows.items()},
             "paired": [compare(rows[a], rows[b]) for a, b in itertools.combinations(rows, 2)],
-            "frechet": frechet, "curves": {method: binned(group) for method, group in rows.items()},
+            "frechet": distances(cfg, real, shape, fifths),
+            "curves": {method: binned(group) for method, group in rows.items()},
             "videos": videos}
+
+
+def distances(cfg: Config, real: list[Clip], shape, fifths: dict) -> dict[str, list[float]]:
+    """{method: its Frechet distance to the real videos in each fifth}; empty if there are too few windows."""
+    if not cfg.real:
+        return {}
+    stored = [read_scores(score_file(Path(cfg.out), clip, cfg.stride, *shape))[0] for clip in real]
+    try:
+        reference = torch.cat([tensors["frechet"] for tensors in stored])
+        return {method: [metrics.frechet_distance(reference, torch.cat(fifth)) for fifth in parts]
+                for method, parts in fifths.items()}
+    except UserError as error:
+        print0(f"no distance to real videos: {error}")
+        return {}
+
+
+def median_survival(videos: list[dict]) -> dict | None:
+    """Of a method's videos; at_least: more than half of them survive to their end."""
+    known = [video for video in videos if "survival" in video["metrics"]]
+    if not known:
+        return None
+    seconds = np.array([video["metrics"]["survival"]["score"] for video in known])
+    ends = np.array([video["frames"] / video["fps"] for video in known])
+    return {"seconds": float(np.median(seconds)), "at_least": bool((seconds >= ends).mean() > 0.5),
+            "end": float(ends.max()), "videos": len(known)}
 
 
 def over_videos(videos: list[dict], statistic) -> dict:

@@ -188,34 +188,44 @@ def flicker(a, b, c) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------
-# the Frechet distance to real frames, which needs no weights either
+# the Frechet distance to real videos, over short windows of frames; it needs no weights either
+
+def quarters(fps):
+    """4 frames over three quarters of a second: long enough for things to move."""
+    step = max(1, round(fps / 4))
+    return 0, step, 2 * step, 3 * step
+
 
 @torch.inference_mode()
-def frechet_features(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 [n,3,H,W] -> [n,336]: mean and deviation of the channels of a fixed random network."""
-    rows = []
-    for x in frames.split(16):
-        x = x.float() / 255
-        row = []
-        for layer, (inputs, outputs) in enumerate(((3, 24), (24, 48), (48, 96))):
-            filters = torch.randn(outputs, inputs * 9, generator=rng("frechet", layer))
-            filters = F.normalize(filters - filters.mean(1, keepdim=True)) * 2 ** 0.5
-            x = F.conv2d(x, filters.view(outputs, inputs, 3, 3).to(x.device), stride=2, padding=1).relu()
-            row += [x.mean((2, 3)), x.std((2, 3), correction=0)]
-        rows.append(torch.cat(row, 1))
-    return torch.cat(rows)
+def frechet_features(*frames: torch.Tensor) -> torch.Tensor:
+    """The i-th frames of n windows, uint8 [n,3,H,W] each -> [n,672]: of the mean of a window's frames and,
+    apart, of the changes between them, so that neither the content nor its motion hides the other."""
+    window = torch.stack(frames, 1).float() / 255  # [n,4,3,H,W]
+    return torch.cat([random_features(window.mean(1)), random_features(window.diff(dim=1).flatten(1, 2))], 1)
+
+
+def random_features(x: torch.Tensor) -> torch.Tensor:
+    """[n,C,H,W] -> [n,336]: mean and deviation of the channels of a fixed random network."""
+    row = []
+    for layer, outputs in enumerate((24, 48, 96)):
+        inputs = x.shape[1]
+        filters = torch.randn(outputs, inputs * 9, generator=rng("frechet", layer))
+        filters = F.normalize(filters - filters.mean(1, keepdim=True)) * 2 ** 0.5
+        x = F.conv2d(x, filters.view(outputs, inputs, 3, 3).to(x.device), stride=2, padding=1).relu()
+        row += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+    return torch.cat(row, 1)
 
 
 def frechet_distance(reference: torch.Tensor, features: torch.Tensor, axes: int = 32) -> float:
     """Between Gaussians fitted to both, along the widest axes of the reference, in units of its spread."""
     reference, features = reference.double(), features.double()
     if len(reference) <= axes or len(features) <= axes:
-        raise UserError(f"a Frechet distance needs more than {axes} reference frames and as many others, "
+        raise UserError(f"a Frechet distance needs more than {axes} reference windows and as many others, "
                         f"not {len(reference)} and {len(features)}")
     centre = reference.mean(0)
     spread, directions = torch.linalg.eigh((reference - centre).T.cov())  # ascending
     if spread[-axes] < 1e-9 * spread[-1]:
-        raise UserError(f"a Frechet distance needs more varied reference frames than these {len(reference)}")
+        raise UserError(f"a Frechet distance needs more varied reference windows than these {len(reference)}")
     x = (features - centre) @ (directions[:, -axes:] / spread[-axes:].sqrt())  # reference: mean 0, cov 1
     widths = torch.linalg.eigvalsh(x.T.cov()).clamp(min=0).sqrt()
     return (x.mean(0).square().sum() + (widths - 1).square().sum()).item()
@@ -278,6 +288,12 @@ def open_scorers(names, device="cpu", weights=None, stride: int = 4, batch: int 
         at_once = batch if window is singles else max(1, batch // 8)
         scorers.append(Scorer([name], partial(named, name, network), curve, window, device, at_once))
     return scorers, missing
+
+
+def frechet_scorer(device="cpu", stride: int = 4) -> Scorer:
+    """Its curve is the features of windows, one every `stride` frames: float32 [m,672]."""
+    return Scorer(["frechet"], partial(named, "frechet", frechet_features),
+                  lambda frame, rows, size: rows.float(), lambda fps: (quarters(fps), stride), device, 4)
 
 
 def named(name, network, *frames) -> dict:

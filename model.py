@@ -6,9 +6,11 @@
     L = F * S tokens, N heads, D head dim. Latents are [B, F, C, H, W]; t is [B, F], from 0 (clean) to 1000
     (noise). The output is the velocity v = noise - x0.
 
-A replacement for this network must provide what the rest of the project uses: forward(x, t, text, chunk,
-clean, cache, start), new_cache, device and config (in_dim, text_dim, text_len); for training also
-checkpointing, compile_blocks and blocks; and load, save, read_checkpoint and settings of this file.
+A replacement for this network must provide what the rest of the project uses: of WanModel forward(x, t, text,
+chunk, clean, cache, start), new_cache, device, config (in_dim, text_dim, text_len) and route; for training
+also checkpointing, compile_blocks and blocks; roll of its cache; and of this file PATCH, load, save,
+read_checkpoint, settings, find_weights, chunk_sizes, pad_text, check_causal, causal_layout, teacher_layout,
+forward_flops and activation_bytes.
 
 Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
 and attention run in `compute`. Parameters of those products are stored in `dtype` (fp32 while training).
@@ -29,7 +31,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import common
+import routing
 from common import Stored, UserError
+from routing import visible
 
 PATCH = 2  # latent pixels that a token covers in height and in width, in a single frame
 
@@ -93,11 +97,15 @@ def attention(q, k, v, layout, mask=None):
     return y.transpose(1, 2).flatten(2)
 
 
-def forward_flops(c: Config, layout) -> int:
+def forward_flops(c: Config, layout, route: int | None = None) -> int:
     """FLOPs of one clip's forward pass: 2 for each weight and token, 4 for each channel and attended pair of
     tokens."""
     tokens = layout[-1][1]
-    pairs = sum((last - first) * (past + last - first) for first, last, past in layout)
+    pairs = 0
+    for first, last, past in layout:
+        chunks = routing.past_chunks(layout, past)
+        seen = past * route // chunks if route and chunks > route else past
+        pairs += (last - first) * (seen + last - first)
     matrices = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.text_len * 2 * c.dim**2
     ends = tokens * c.dim * PATCH**2 * (c.in_dim + c.out_dim) + c.text_len * c.dim * (c.text_dim + c.dim)
     return 2 * (c.num_layers * matrices + ends) + 4 * c.num_layers * c.dim * (pairs + tokens * c.text_len)
@@ -112,13 +120,13 @@ def activation_bytes(model: "WanModel", tokens: int) -> int:
     return block + tokens * c.dim * 4 * c.num_layers if model.checkpointing else block * c.num_layers
 
 
-def visible(x, first, last, past):  # [B, N, L, D]; a view where the past ends at the chunk
-    return x[:, :, :last] if past == first else torch.cat([x[:, :, :past], x[:, :, first:last]], dim=2)
-
-
 @functools.cache
 def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_on(x):
+    return compiled_flex() if x.is_cuda else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -291,6 +299,7 @@ class WanModel(nn.Module):
         c = self.config = config
         self.compute = compute or dtype
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping activations
+        self.route = None  # number of past chunks that each query attends to (routing.py); None: all
         linear = functools.partial(Linear, dtype=dtype, compute=self.compute)
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, (1, PATCH, PATCH), (1, PATCH, PATCH), dtype=dtype)
         self.text_embedding = nn.Sequential(linear(c.text_dim, c.dim), nn.GELU("tanh"), linear(c.dim, c.dim))
@@ -357,8 +366,11 @@ class WanModel(nn.Module):
                              f"{text_dim})")
 
     def parallel_blocks(self, h, e0, rope, layout, text):
-        mask = block_mask(layout, h.device) if h.is_cuda and len(layout) > 1 else None
-        attend = functools.partial(attention, layout=layout, mask=mask)
+        if self.route and routing.most_past(layout) > self.route:
+            attend = functools.partial(routing.attention, layout=layout, route=self.route, flex=flex_on(h))
+        else:
+            mask = block_mask(layout, h.device) if h.is_cuda and len(layout) > 1 else None
+            attend = functools.partial(attention, layout=layout, mask=mask)
         context = self.context(text)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -368,10 +380,10 @@ class WanModel(nn.Module):
         return h
 
     def cached_blocks(self, h, e0, rope, layout, text, cache, start):
-        cache.claim(start, h.shape)
+        cache.claim(start, h.shape, layout)
         context = None if cache.holds_text(text) else self.context(text)
         for i, block in enumerate(self.blocks):
-            attend = functools.partial(cache.attend, i, layout)
+            attend = functools.partial(cache.attend, i, layout, self.route)
             h = block(h, e0, rope, attend, context, functools.partial(cache.remember, i))
         return h
 
@@ -426,14 +438,17 @@ class Cache:
         self.frames = frames
         self.per_frame = height * width // PATCH**2
         self.filled = 0  # frames whose keys and values are valid
+        self.layout = ()  # their chunks
+        self.pooled = [[] for _ in range(c.num_layers)]  # mean keys of past chunks, [B, N, D] each
         self.text = None  # the prompt's embedding and its version
         heads = (c.num_heads, c.dim // c.num_heads)
-        self.k, self.v = torch.empty(2, c.num_layers, batch, frames * self.per_frame, *heads,
+        # zeros, since flex_attention multiplies what is masked within a block by 0, and 0 * NaN is NaN
+        self.k, self.v = torch.zeros(2, c.num_layers, batch, frames * self.per_frame, *heads,
                                      dtype=model.compute, device=model.device)
         self.text_k, self.text_v = torch.empty(2, c.num_layers, batch, c.text_len, *heads,
                                                dtype=model.compute, device=model.device)
 
-    def claim(self, start: int, shape):
+    def claim(self, start: int, shape, layout):
         """Reserves the frames from start on; what is cached after them becomes invalid."""
         batch, frames, per_frame = shape[:3]
         if batch != self.k.shape[1] or per_frame != self.per_frame:
@@ -444,7 +459,31 @@ class Cache:
                              "the window, or make a larger cache")
         if start > self.filled:
             raise ValueError(f"frames {start}.. need all before them, but only {self.filled} are cached")
+        begin = start * per_frame
+        kept = tuple((first, min(last, begin), past) for first, last, past in self.layout if first < begin)
+        self.layout = kept + layout
+        self.forget_pooled(len(kept))
         self.filled = start + frames
+
+    def roll(self, chunk: int) -> int:
+        """Drops a chunk. Those after it move up: RoPE's angles add up, so turning their keys back in time by
+        the frames that were dropped is what caching them there would have done. Returns these frames."""
+        first, last, _ = self.layout[chunk]
+        frames = (last - first) // self.per_frame
+        end = self.filled * self.per_frame
+        turn = rope_table(self.k.shape[-1], -frames, 1, 1, 1, self.k.device)
+        for k, v in zip(self.k, self.v, strict=True):  # a layer at a time, for want of memory
+            k[:, first:first + end - last] = rotate(k[:, last:end], turn)
+            v[:, first:first + end - last] = v[:, last:end].clone()
+        sizes = [last - first for first, last, _ in self.layout]
+        self.layout = causal_layout((*sizes[:chunk], *sizes[chunk + 1:]), 1)
+        self.forget_pooled(chunk)
+        self.filled -= frames
+        return frames
+
+    def forget_pooled(self, chunk: int):
+        for means in self.pooled:
+            del means[chunk:]
 
     def holds_text(self, text) -> bool:
         """Whether text is the same, unchanged tensor as in the last call. Comparing its values would make the
@@ -459,9 +498,14 @@ class Cache:
             self.text_k[layer], self.text_v[layer] = text_kv(context)
         return self.text_k[layer], self.text_v[layer]
 
-    def attend(self, layer: int, layout, q, k, v):
+    def attend(self, layer: int, layout, route: int | None, q, k, v):
         first, last = layout[0][0], layout[-1][1]
         self.k[layer, :, first:last], self.v[layer, :, first:last] = k, v
+        if route and len(self.layout) - 1 > route:
+            means = self.pooled[layer]
+            means += [self.k[layer, :, a:b].float().mean(1) for a, b, _ in self.layout[len(means):-1]]
+            return routing.attention(q, self.k[layer], self.v[layer], self.layout, route,
+                                     torch.stack(means, 2), flex_on(q))
         return attention(q, self.k[layer, :, :last], self.v[layer, :, :last], layout)
 
 
@@ -474,6 +518,7 @@ def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
     weights, config = read_checkpoint(path)
     with torch.device("meta"):
         model = WanModel(config, dtype, compute)
+    model.route = settings(path).get("route")
     return common.fill(model, weights, device, str(path))
 
 
@@ -602,6 +647,8 @@ def check_causal(model: WanModel):
     the cached forward agrees with the parallel one. Returns their relative difference."""
     c = model.config
     device = model.device
+    route = model.route
+    model.route = None  # all of the past is to be reached
     head = model.head.head.weight
     if untrained := not head.any():  # a fresh head predicts nothing, which would prove nothing
         head.fill_(0.01)
@@ -622,6 +669,7 @@ def check_causal(model: WanModel):
     chunks = zip((0, 3, 6), x.split(3, 1), t.split(3, 1), strict=True)
     cached = torch.cat([model(xc, tc, text, cache=cache, start=f) for f, xc, tc in chunks], 1)
     error = ((cached - v).norm() / v.norm()).item()
+    model.route = route
     if untrained:
         head.zero_()
     if not error < (1e-4 if model.compute == torch.float32 else 3e-2):

@@ -1,4 +1,4 @@
-"""The report of eval_drift.py: tables, curves, film strips, and one page with all of them."""
+"""The report of eval_drift.py: findings, tables, curves, film strips, and one page that plays the videos."""
 
 import base64
 import html
@@ -17,12 +17,15 @@ import torch
 import common
 import data
 import metrics
-import toy
+import readings
+
+CONTROLS = ("frozen", "truth")  # the methods that eval_drift.py adds for a toy; they are never called best
 
 
 def write(out: Path, report: dict, clips: list):
     """report: all that eval_drift.py knows; clips: its videos, for the film strips."""
     tables = make_tables(report)
+    report |= {"findings": findings(report)}
     curves = report["curves"]
     rows = [f"{method},{name},{t:.3f},{value:.6g},{error:.6g}" for method, lines in curves.items()
             for name, table in lines.items() for t, value, error in table.T]
@@ -34,11 +37,13 @@ def write(out: Path, report: dict, clips: list):
     for video in plain["videos"]:
         del video["curves"]
     common.write_text(out / "summary.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-    common.write_text(out / "table.md", as_markdown(tables))
+    lines = "".join(f"{line}\n\n" for line in report["findings"])
+    common.write_text(out / "table.md", lines + as_markdown(tables))
     common.write_text(out / "curves.svg", draw_curves(curves))
     common.write_text(out / "report.html", as_html(report, tables, film_strips(report, clips, out)))
     print(as_markdown(tables), sparklines(curves), "", sep="\n")
-    print(f"{out / 'report.html'} holds all of it, with curves and film strips")
+    print(f"{out / 'report.html'} holds all of it, with curves, film strips and videos to play")
+    print(*report["findings"], sep="\n")
 
 
 def partners(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict, dict]]:
@@ -64,6 +69,59 @@ def without_nan(value):
 
 
 # ----------------------------------------------------------------------------------------------------
+# findings: what a toy's numbers say, in words. The first given method is the reference, the last the claim
+
+def findings(report: dict) -> list[str]:
+    given = [method for method in report["mean"] if method not in CONTROLS]
+    known = [method for method in dict.fromkeys((given[-1], given[0])) if report["median"][method]]
+    if not known or not all(report["median"].get(control) for control in CONTROLS):
+        return []
+    shown = (*known, *CONTROLS)
+    medians = {method: survived(report["median"][method]) for method in shown}
+    lines = [f"Sprites are right for {listed(medians)} (medians)."]
+    lines += [compared(report, known[0], other) for other in (*known[1:], "frozen")]
+    if report["frechet"]:
+        last = {method: f"{report['frechet'][method][4]:.1f}" for method in shown}
+        lines.append(f"In the last fifth the Frechet distance to real windows of frames is {listed(last)}.")
+    told = {method: report["mean"][method].get("direction", {}).get("last", math.nan) for method in shown}
+    if not math.isnan(told["truth"]):
+        told = {method: f"{100 * share:.0f} %" for method, share in told.items()}
+        lines.append(f"In the last fifth sprites move as told in {listed(told)} of moments.")
+    speeds = {method: report["mean"][method]["speed"]["last"] for method in shown}
+    if speeds["truth"] > 0:
+        shares = {m: f"{100 * v / speeds['truth']:.0f} %" for m, v in speeds.items() if m != "truth"}
+        lines.append(f"In the last fifth pixels move at {listed(shares)} of the truth's speed.")
+    return lines
+
+
+def listed(values: dict[str, str]) -> str:
+    return ", ".join(f"{value} ({NAMES.get(method, method)})" for method, value in values.items())
+
+
+NAMES = {"frozen": "a still picture", "truth": "the truth"}
+
+
+def survived(median: dict) -> str:
+    return f"> {median['end']:.1f} s" if median["at_least"] else f"{median['seconds']:.1f} s"
+
+
+def compared(report, claim: str, other: str) -> str:
+    """Whether one method's sprites are right for longer than another's: no more than the interval shows."""
+    pairs = {(c["a"], c["b"]): c["b_minus_a"].get("survival", {}).get("score") for c in report["paired"]}
+    gap, sign = pairs.get((other, claim)), 1
+    if (other, claim) not in pairs:
+        gap, sign = pairs.get((claim, other)), -1
+    name = NAMES.get(other, other)
+    if not gap or gap["prompts"] < FEWEST:
+        return f"Too few prompts are common to {claim} and {name} to compare them."
+    low, middle, high = sorted(sign * v for v in gap["interval"])
+    verdict = "longer than" if low > 0 else "shorter than" if high < 0 else "neither longer nor shorter than"
+    doubt = "" if low > 0 or high < 0 else ", as far as this shows"
+    return (f"{claim}'s are right for {verdict} {name}'s{doubt}: {middle:+.1f} s on average over "
+            f"{gap['prompts']} prompts (95 % interval {low:+.1f} to {high:+.1f}).")
+
+
+# ----------------------------------------------------------------------------------------------------
 # tables
 
 class Table(NamedTuple):
@@ -77,79 +135,142 @@ class Table(NamedTuple):
         return all(cell == "-" for row in self.rows for cell in row[1:])
 
 
+class Column(NamedTuple):
+    cells: list[str]
+    is_still: bool = False  # a still picture is better here than the truth
+
+
 # columns of the paper's Table 1: VBench's dimensions, and the drift of two of them
 QUALITY_HEADS = ("Subject", "Bg. Cons.", "Smooth.", "Dynamic", "Aesthetic", "Imaging")
 DRIFT_HEADS = QUALITY_HEADS[4:]
+DRIFT = {f"d {head}": f"{head.lower()}_quality" for head in DRIFT_HEADS}
+STILL = "†: a still picture is better than the truth here, so that the measure rewards stillness."
 
 
 def make_tables(report: dict) -> list[Table]:
-    methods, toy_shown = list(report["mean"]), "sprite" in report["metrics"]
     free = [name for name in metrics.FREE | metrics.OPTIONAL if name in report["metrics"]]
-
-    def table(title, note, columns, **lack):
-        rows = zip(methods, *columns.values(), strict=True)
-        return Table(title, note, ["Method", *columns], list(map(list, rows)), **lack)
-
     quality = zip(QUALITY_HEADS, metrics.DIMENSIONS, strict=True)
-    drift = {f"d {head}": f"{head.lower()}_quality" for head in DRIFT_HEADS}
-    tables = [table("Quality and drift (the paper's Table 1)", "Global metrics: higher is better. Drifting "
-                    "metrics d, first 20 % minus average: lower is better. x100; (standard error).",
-                    {head: points(report, name) for head, name in quality}
-                    | {head: points(report, name, "drift") for head, name in drift.items()},
-                    lack="needs VBench's weight files; see missing in summary.json, or --weights DIR")]
+    tables = [as_table(
+        report, "Quality and drift (the paper's Table 1)", "Global metrics: higher is better. Drifting "
+        "metrics d, first 20 % minus average: lower is better. x100; (standard error).",
+        {head: points(report, name) for head, name in quality}
+        | {head: points(report, name, "drift") for head, name in DRIFT.items()},
+        lack="needs VBench's weight files; see missing in summary.json, or --weights DIR")]
     if any(name in row for name in metrics.QUALITIES for row in report["mean"].values()):
-        tables.append(table("Motion and frame quality", "The paper's Table 2; higher is better.", {
+        tables.append(as_table(report, "Motion and frame quality", "The paper's Table 2; higher is better.", {
             "Motion quality": points(report, "motion_quality"),
             "Frame quality": points(report, "frame_quality")}))
-    tables += [table("Change without weights", "Last 20 % over first 20 %: x1.00 is no drift.",
-                     {name: factor(report, name, "log_ratio") for name in free}),
-               table("Distance from no change", "The same, with up and down not cancelling between videos.",
-                     {name: factor(report, name, "abs_log_ratio") for name in free})]
-    if toy_shown:
-        tables.append(table(
-            "The toy world", "First 20 % -> last 20 %: per cent of moments with the sprite, "
-            "with the told shape and direction; grey levels off the first chunk.",
-            {name: change(report, name, name in ("colour", "background")) for name in toy.READINGS}))
+    tables += toy_tables(report)
+    tables += [as_table(report, "Change without weights", "Last 20 % over first 20 %: x1.00 is no drift.",
+                        {name: factor(report, name, "log_ratio") for name in free}),
+               as_table(report, "Distance from no change", "The same, with up and down not cancelling "
+                        "between videos.", {name: factor(report, name, "abs_log_ratio") for name in free})]
     if report["frechet"]:
-        rows = [[method, *(f"{v:.1f}" for v in row)] for method, row in report["frechet"].items()]
-        tables.append(Table("Frechet distance to real frames", "By fifths of the videos; lower is better.",
-                            ["Method", *(f"{i}-{i + 20} %" for i in range(0, 100, 20))], rows))
-    if len(methods) > 1:
-        shown = [(head, name, "drift") for head, name in drift.items()]
-        shown += [(f"log ratio of {name}", name, "log_ratio") for name in free]
-        shown += [(f"{name}, last 20 %", name, "last") for name in toy.READINGS if toy_shown]
-        tables.append(paired_table([c for c in report["paired"] if c["a"] == methods[0]], shown))
+        tables.append(frechet_table(report))
+    if len(report["mean"]) > 1:
+        tables.append(paired_table(report, free))
     return tables + probe_tables(report["probes"])
 
 
-def column(report, name, what, key, text) -> list[str]:
-    """A cell for each method: text(means, standard errors) of the metric, bold where key(mean) is least."""
-    rows = [[report[kind][m].get(name, {}) for kind in ("mean", "sem")] for m in report["mean"]]
-    keys = [key(row.get(what, math.nan)) for row, _ in rows]
-    cells = ["-" if math.isnan(k) else text(*row) for k, row in zip(keys, rows, strict=True)]
-    best = min((k for k in keys if not math.isnan(k)), default=None) if len(rows) > 1 else None
-    return [f"**{cell}**" if k == best else cell for k, cell in zip(keys, cells, strict=True)]
+def as_table(report, title: str, note: str, columns: dict[str, Column], **lack) -> Table:
+    """A row for each method. Where a column rewards stillness, its head says so."""
+    heads = [f"{head} †" if column.is_still else head for head, column in columns.items()]
+    if any(column.is_still for column in columns.values()):
+        note = f"{note} {STILL}"
+    rows = zip(report["mean"], *(column.cells for column in columns.values()), strict=True)
+    return Table(title, note, ["Method", *heads], list(map(list, rows)), **lack)
+
+
+def toy_tables(report) -> list[Table]:
+    shown = [name for name in readings.READINGS if name in report["metrics"]]
+    note = "First 20 % -> last 20 % of a video: "
+    tables = []
+    if "survival" in shown:
+        medians = [survived(row).removesuffix(" s") if row else "-" for row in report["median"].values()]
+        tables.append(as_table(
+            report, "The toy world: against the truth", "Seconds until the sprite is wrong for half a second "
+            f"on end, mean and median. {note}per cent of frames with a right sprite, pixels from its true "
+            "place, dB.", {"survival": seconds(report, "survival"), "median": Column(medians)}
+            | {name: change(report, name) for name in TRUE[1:]}))
+    if "sprite" in shown:
+        tables.append(as_table(
+            report, "The toy world: what is seen", f"{note}per cent of moments with a sprite, with the right "
+            "shape and direction; grey levels off the truth (or the first chunk, if the world is unknown).",
+            {name: change(report, name) for name in shown if name not in TRUE}))
+    return tables
+
+
+def frechet_table(report) -> Table:
+    columns = {}
+    for i in range(5):
+        keys = {method: row[i] for method, row in report["frechet"].items()}
+        cells = [f"{v:.1f}" for v in keys.values()]
+        columns[f"{20 * i}-{20 * i + 20} %"] = Column(cells, rewards_stillness(keys))
+    return as_table(report, "Frechet distance to real windows of 4 frames",
+                    "By fifths of the videos; lower is better.", columns)
+
+
+TRUE = ("survival", "right", "place", "psnr")  # readings that need the truth
+LOWER = ("place", "colour", "background")  # readings of which less is better
+
+
+def key_of(name: str, what: str):
+    """A function of a metric's value, by which the least is the best."""
+    if what in ("log_ratio", "abs_log_ratio"):
+        return abs
+    falls = what == "drift" or name in LOWER
+    return (lambda v: v) if falls else (lambda v: -v)
+
+
+def keys_of(report, name: str, what: str) -> dict[str, float]:
+    """{method: the key of its mean}, nan where it has none"""
+    key = key_of(name, what)
+    return {method: key(row.get(name, {}).get(what, math.nan)) for method, row in report["mean"].items()}
+
+
+def rewards_stillness(keys: dict[str, float]) -> bool:
+    return all(control in keys for control in CONTROLS) and keys["frozen"] < keys["truth"]
+
+
+def column(report, name, what, text) -> Column:
+    """A cell for each method: text(means, standard errors) of the metric, bold for the best given method."""
+    keys = keys_of(report, name, what)
+    is_still = rewards_stillness(keys)
+    given = [key for method, key in keys.items() if method not in CONTROLS]
+    best = min((key for key in given if not math.isnan(key)), default=None)
+    cells = []
+    for method, key in keys.items():
+        row, error = (report[kind][method].get(name, {}) for kind in ("mean", "sem"))
+        cell = "-" if math.isnan(key) else text(row, error)
+        is_best = key == best and len(given) > 1 and not is_still and method not in CONTROLS
+        cells.append(f"**{cell}**" if is_best else cell)
+    return Column(cells, is_still)
 
 
 def points(report, name, what="score"):
     """x100, as the paper reports them; of scores the highest is the best, of drifts the lowest."""
     scale = metrics.SCALE.get(name, 100)
-    sign = -1 if what == "score" else 1
-    return column(report, name, what, lambda v: sign * v,
-                  lambda row, error: with_error(scale * row[what], scale * error[what]))
+    return column(report, name, what, lambda row, error: with_error(scale * row[what], scale * error[what]))
+
+
+def seconds(report, name):
+    return column(report, name, "score",
+                  lambda row, error: with_error(row["score"], error["score"], ".1f", ".1f"))
 
 
 def factor(report, name, what):
-    return column(report, name, what, abs, lambda row, error: "x" + with_error(
+    return column(report, name, what, lambda row, error: "x" + with_error(
         math.exp(row[what]), 100 * math.expm1(error[what]), ".2f", ".0f", "%"))
 
 
-def change(report, name, is_level):
-    """First -> last 20 %, of grey levels (the lowest is the best) or of a share (the highest)."""
-    scale = 1 if is_level else 100
-    return column(report, name, "last", lambda v: v if is_level else -v, lambda row, error: (
-        ("- -> " if math.isnan(row["first"]) else f"{scale * row['first']:.0f} -> ")
-        + with_error(scale * row["last"], scale * error["last"], ".0f", ".0f")))
+def change(report, name):
+    """First -> last 20 %, of a share in per cent, or of something else as it is."""
+    is_fine = name in ("place", "psnr")
+    scale = 1 if is_fine or name in LOWER else 100
+    digits = ".1f" if is_fine else ".0f"
+    return column(report, name, "last", lambda row, error: (
+        ("-" if math.isnan(row["first"]) else f"{scale * row['first']:{digits}}") + " -> "
+        + with_error(scale * row["last"], scale * error["last"], digits, digits)))
 
 
 def with_error(value: float, error: float, digits=".2f", error_digits=".2f", unit="") -> str:
@@ -157,25 +278,39 @@ def with_error(value: float, error: float, digits=".2f", error_digits=".2f", uni
     return f"{value:{digits}}" + ("" if math.isnan(error) else f" ({error:{error_digits}}{unit})")
 
 
-def paired_table(comparisons: list[dict], shown) -> Table:
+def paired_table(report, free: list[str]) -> Table:
+    """How each method differs from the first."""
+    first = next(iter(report["mean"]))
+    comparisons = [c for c in report["paired"] if c["a"] == first]
+    toy_shown = [name for name in readings.READINGS if name in report["metrics"]]
+    shown = [(head, name, "drift") for head, name in DRIFT.items()]
+    shown += [(f"log ratio of {name}", name, "log_ratio") for name in free]
+    if "survival" in toy_shown:
+        shown.append(("seconds survived", "survival", "score"))
+    shown += [(f"{name}, last 20 %", name, "last") for name in toy_shown if name != "survival"]
     rows = []
+    stills = []
     for head, name, what in shown:
         scale = metrics.SCALE.get(name, 100) if what == "drift" else 1
         gaps = [c["b_minus_a"].get(name, {}).get(what) for c in comparisons]
-        rows.append([head, *(with_interval(scale, **gap) if gap else "-" for gap in gaps)])
-    return Table(f"Differences from {comparisons[0]['a']} on the same prompts",
-                 "Mean over prompts [95 % interval, Student's t over prompts], bold where it excludes 0 and "
-                 f"rests on {FEWEST} prompts or more.",
-                 ["", *(f"{c['b']} ({c['pairs']} pairs, {c['prompts']} prompts)" for c in comparisons)],
-                 [row for row in rows if set(row[1:]) != {"-"}], "needs videos of 2 prompts that both made")
+        is_still = rewards_stillness(keys_of(report, name, what))
+        cells = [with_interval(scale, is_bold=not is_still, **gap) if gap else "-" for gap in gaps]
+        if set(cells) != {"-"}:
+            rows.append([f"{head} †" if is_still else head, *cells])
+            stills.append(is_still)
+    note = ("Mean over prompts [95 % interval, Student's t over prompts], bold where it excludes 0 and rests "
+            f"on {FEWEST} prompts or more.")
+    return Table(f"Differences from {first} on the same prompts", f"{note} {STILL}" if any(stills) else note,
+                 ["", *(f"{c['b']} ({c['pairs']} pairs, {c['prompts']} prompts)" for c in comparisons)], rows,
+                 "needs videos of 2 prompts that both made")
 
 
 FEWEST = 5  # prompts for a bold difference: of fewer, one odd prompt decides
 
 
-def with_interval(scale: float, interval: list[float], prompts: int) -> str:
+def with_interval(scale: float, interval: list[float], prompts: int, is_bold: bool) -> str:
     cell = "{:+.2f} [{:.2f}, {:.2f}]".format(*(scale * v for v in interval))
-    return f"**{cell}**" if prompts >= FEWEST and interval[1] * interval[2] > 0 else cell
+    return f"**{cell}**" if is_bold and prompts >= FEWEST and interval[1] * interval[2] > 0 else cell
 
 
 def as_markdown(tables: list[Table]) -> str:
@@ -280,8 +415,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+class Strip(NamedTuple):
+    """One method's video of a prompt."""
+    method: str
+    clip: NamedTuple  # eval_drift.py's
+    png: bytes  # frames across time
+    mp4: bytes | None = None
+
+
 def film_strips(report: dict, clips: list, out: Path) -> list:
-    """[(prompt, seconds, [(method, png)])]: frames across time, from each method's video of one prompt."""
+    """[(prompt, seconds, [Strip])], a Strip of each method's video of one prompt."""
     rows = defaultdict(list)
     for video, clip in zip(report["videos"], clips, strict=True):
         rows[clip.method].append(video | {"clip": clip})
@@ -297,13 +440,44 @@ def film_strips(report: dict, clips: list, out: Path) -> list:
         for video in group:
             frames = across_time(video["clip"])
             data.film_strip(out / "row.png", [frames])
-            strip.append((video["method"], (out / "row.png").read_bytes()))
+            strip.append(Strip(video["method"], video["clip"], (out / "row.png").read_bytes()))
             pictures.append(frames)
         pictures.append(torch.full((1, 3, 6, 1), 255, dtype=torch.uint8))  # space before the next prompt
         strips.append((group[0]["prompt"], group[0]["frames"] / group[0]["fps"], strip))
     (out / "row.png").unlink()
     data.film_strip(out / "filmstrips.png", pictures[:-1])
-    return strips
+    return with_videos(strips, out)
+
+
+PAGE = 15_000_000  # bytes that the page may have; in base64, 3 bytes take 4
+TALL = 160  # pixels: the height to which larger videos are reduced
+
+
+def with_videos(strips: list, out: Path) -> list:
+    """The same with videos to play, of as many prompts as the page has room for."""
+    room = 0.7 * PAGE - sum(len(strip.png) for _, _, row in strips for strip in row)
+    result = []
+    for prompt, seconds, row in strips:
+        if room > 0:
+            played = [strip._replace(mp4=playable(strip.clip, out)) for strip in row]
+            room -= sum(len(strip.mp4) for strip in played)
+            row = played if room >= 0 else row
+        result.append((prompt, seconds, row))
+    return result
+
+
+def playable(clip, out: Path) -> bytes:
+    """A video as an mp4 for a browser: small ones of our own as they are."""
+    if clip.height <= TALL and data.read_tags(clip.path):
+        return clip.path.read_bytes()
+    width = 2 * round(clip.width * min(TALL, clip.height) / clip.height / 2)
+    size = width, 2 * (min(TALL, clip.height) // 2)
+    path = out / "small.mp4"
+    video = data.probe(clip.path)
+    data.write_video(path, data.read_frames(video, None, size), video.fps, crf=30)
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 PROMPTS, FRAMES, ROW = 4, 8, 80  # the most prompts in film strips; frames in a row, and its height in pixels
@@ -343,41 +517,122 @@ table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px sol
         font: 13px/1.4 Helvetica, Arial, sans-serif; display: block; overflow-x: auto; width: fit-content }
 th, td { padding: .25em .9em .25em .2em; text-align: left; white-space: nowrap }
 th { border-bottom: 1px solid } small, .note, dd { color: #777 }
+.found { font-size: 1.15em }
 .strip { display: grid; grid-template-columns: max-content auto; gap: 0 1em; align-items: center }
 .strip img { max-width: 100%; display: block }
+.videos { display: flex; flex-wrap: wrap; gap: .6em; margin: .4em 0 }
+.videos figure { margin: 0 } figcaption { font: 13px/1.4 Helvetica, Arial, sans-serif }
+.videos video { display: block; height: 160px; background: #eee }
+.videos .small { image-rendering: pixelated }
+#bar { position: sticky; top: 0; background: #fff; padding: .5em 0; display: flex; gap: 1em; z-index: 1 }
+#bar button { width: 6em } #bar input { flex: 1 }
 dt { float: left; clear: left; width: 11em; font-weight: bold }
 dd { margin-left: 12em; overflow-wrap: anywhere }
+"""
+BAR = """<div id="bar"><button id="play">Play</button>
+<input id="slider" type="range" min="0" max="1" step="0.001" value="0" aria-label="time">
+<span id="time"></span></div>
+"""
+# one clock for all videos: each plays by itself, and is put right when it is more than a frame or two off
+SCRIPT = """
+const videos = [...document.querySelectorAll("video")], play = document.getElementById("play")
+const slider = document.getElementById("slider"), time = document.getElementById("time")
+let now = 0, playing = false, begun = 0
+const end = () => Math.max(0.1, ...videos.map(v => v.duration || 0))
+function show() {
+  slider.max = end()
+  slider.value = now
+  time.textContent = now.toFixed(1) + " of " + end().toFixed(1) + " s"
+  play.textContent = playing ? "Pause" : "Play"
+}
+function place(video, slack) {
+  const aim = Math.min(now, Math.max(0, (video.duration || 0) - 0.01))
+  if (!video.seeking && Math.abs(video.currentTime - aim) > slack) video.currentTime = aim
+}
+function tick() {
+  if (!playing) return
+  now = Math.min(end(), (performance.now() - begun) / 1000)
+  for (const video of videos) {
+    if (video.paused && now < video.duration - 0.05) video.play().catch(() => {})
+    place(video, 0.1)
+  }
+  if (now >= end()) pause()
+  show()
+  requestAnimationFrame(tick)
+}
+function pause() {
+  playing = false
+  for (const video of videos) { video.pause(); place(video, 0) }
+  show()
+}
+function toggle() {
+  if (playing) return pause()
+  if (now >= end() - 0.05) now = 0
+  begun = performance.now() - 1000 * now
+  playing = true
+  tick()
+}
+play.onclick = toggle
+slider.oninput = () => {
+  now = Number(slider.value)
+  begun = performance.now() - 1000 * now
+  if (!playing) pause()
+}
+document.addEventListener("keydown", event => {
+  if (event.code === "Space" && event.target !== play) { event.preventDefault(); toggle() }
+})
+for (const video of videos) video.onloadedmetadata = show
+show()
 """
 
 
 def as_html(report: dict, tables: list[Table], strips) -> str:
     """One page that needs no other file."""
     text = html.escape
-
-    def cell(content, tag="td"):
-        content = re.sub(r"(\(.*?\)|\[.*?\])", r"<small>\1</small>", text(content))
-        return f"<{tag}>" + re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", content) + f"</{tag}>"
-
-    parts = []
-    for table in tables:
-        if table.is_blank():
-            parts.append(f'<p class="note">{text(f"{table.title}: {table.lack}")}</p>')
-            continue
-        lines = [[cell(head, "th") for head in table.heads], *([cell(c) for c in row] for row in table.rows)]
-        parts.append(f'<h2>{text(table.title)}</h2><p class="note">{text(table.note)}</p><table><tr>'
-                     + "</tr><tr>".join(map("".join, lines)) + "</tr></table>")
+    parts = [f'<p class="found">{text(line)}</p>' for line in report["findings"]]
+    parts += map(table_html, tables)
     parts += ['<h2>Over time</h2><p class="note">Mean over prompts; the band is its standard error.</p>',
               draw_curves(report["curves"]), "<h2>Film strips</h2>"]
-    for prompt, seconds, pictures in strips:
-        rows = "".join(f'<span>{text(method)}</span><img alt="frames of {text(method)}" src="data:image/png;'
-                       f'base64,{base64.b64encode(png).decode()}">' for method, png in pictures)
-        parts.append(f'<p>{text(prompt)} <span class="note">(0 to {seconds:.1f} s)</span></p>'
-                     f'<div class="strip">{rows}</div>')
+    is_playing = any(strip.mp4 for _, _, row in strips for strip in row)
+    parts += [BAR] * is_playing
+    parts += [strip_html(*strip) for strip in strips]
+    parts += [f"<script>{SCRIPT}</script>"] * is_playing
     for title in ("skipped", "missing", "metrics", "definitions", "settings"):
         rows = "".join(f"<dt>{text(k)}</dt><dd>{text(str(v))}</dd>" for k, v in report[title].items())
-        parts.append(f"<h2>{title.capitalize()}</h2><dl>{rows}</dl>" * bool(rows))
+        parts.append(f"<h2>{title.capitalize()}</h2><dl>{rows}</dl>" if rows else "")
     counts = Counter(video["method"] for video in report["videos"])
     counts = ", ".join(f"{method} ({count} videos)" for method, count in counts.items())
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Drift</title>'
             f"<style>{STYLE}</style></head><body><h1>Drift</h1><p>{text(counts)}</p>"
             + "\n".join(parts) + "</body></html>\n")
+
+
+def table_html(table: Table) -> str:
+    if table.is_blank():
+        return f'<p class="note">{html.escape(f"{table.title}: {table.lack}")}</p>'
+    lines = [[cell_html(head, "th") for head in table.heads],
+             *([cell_html(cell, "td") for cell in row] for row in table.rows)]
+    return (f'<h2>{html.escape(table.title)}</h2><p class="note">{html.escape(table.note)}</p><table><tr>'
+            + "</tr><tr>".join(map("".join, lines)) + "</tr></table>")
+
+
+def cell_html(content: str, tag: str) -> str:
+    content = re.sub(r"(\(.*?\)|\[.*?\])", r"<small>\1</small>", html.escape(content))
+    return f"<{tag}>" + re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", content) + f"</{tag}>"
+
+
+def strip_html(prompt: str, seconds: float, row: list[Strip]) -> str:
+    """A prompt with its videos side by side, then their frames across time."""
+    text = html.escape
+    videos, images = [], []
+    for strip in row:
+        if strip.mp4:
+            small = ' class="small"' if strip.clip.height < TALL / 2 else ""
+            videos.append(f'<figure><video muted playsinline preload="auto"{small} src="data:video/mp4;'
+                          f'base64,{base64.b64encode(strip.mp4).decode()}"></video>'
+                          f"<figcaption>{text(strip.method)}</figcaption></figure>")
+        images.append(f'<span>{text(strip.method)}</span><img alt="frames of {text(strip.method)}" '
+                      f'src="data:image/png;base64,{base64.b64encode(strip.png).decode()}">')
+    played = f'<div class="videos">{"".join(videos)}</div>' if videos else ""
+    return (f'<p>{text(prompt)} <span class="note">(0 to {seconds:.1f} s)</span></p>{played}'
+            f'<div class="strip">{"".join(images)}</div>')

@@ -46,6 +46,9 @@ class Config:
     guidance: float = 6.0  # Guidance scale towards the prompt; 1 is no guidance, and twice as fast
     shift: float = 8.0  # Shift of the noise levels towards pure noise, as in training
     solver: Literal[*diffusion.SOLVERS] = "euler"  # ODE solver
+    # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
+    # trained)
+    route: int | None = None
     previews: int = 16  # Rollouts to show in preview.png; 0: no preview
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
@@ -126,6 +129,8 @@ def check(cfg: Config, clips: data.Clips) -> str:
     if min(cfg.batch, cfg.steps) < 1 or cfg.previews < 0:
         raise UserError(f"--batch {cfg.batch} --steps {cfg.steps} --previews {cfg.previews}: batch and steps "
                         "must be at least 1, previews at least 0")
+    if (cfg.route or 0) < 0:
+        raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
     if not Path(cfg.model).exists():
         raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
     limits = model.read_checkpoint(cfg.model)[1]
@@ -154,12 +159,14 @@ def describe(cfg, clips, count) -> dict:
         "model_fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
         "seed": cfg.seed, "round": cfg.round, "count": count, "held_out": cfg.held_out,
         "steps": cfg.steps, "guidance": cfg.guidance, "shift": cfg.shift, "solver": cfg.solver,
-        "dtype": cfg.dtype}
+        "route": cfg.route, "dtype": cfg.dtype}
 
 
 def make(cfg, clips, index, todo, store, ranks):
     """Rolls out the batches of ids in todo. index: where each clip to continue is among clips."""
     net = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype))
+    if cfg.route is not None:
+        net.route = cfg.route or None
     if cfg.compile:
         net.compile_blocks()
     null = data.read_text_embedding(clips.empty_prompt())

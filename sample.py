@@ -46,7 +46,7 @@ class Config:
     # Wan directory with the VAE, text encoder and tokenizer (default: named in the model's config.json)
     wan: str | None = None
     # What to show. "a | b | c" changes the prompt at even intervals, "a | 10: b | 25.5: c" at these seconds
-    # (precisely, where the window slides next)
+    # (precisely, where the window slides next; with --sink, at the next chunk)
     prompt: str | None = None
     prompts: str | None = None  # File of prompts: a .txt with one per line, or a .jsonl (see above)
     out: str = "videos"  # Folder for the videos
@@ -75,6 +75,13 @@ class Config:
     # Which of the --keep frames are decoded and encoded anew for the next window: the first, as if it were an
     # image, none (as-is), or all
     reentry: Literal["first", "as-is", "all"] = "first"
+    # Chunks at the start that stay in view for ever, while the rest of the window rolls on chunk by chunk.
+    # Nothing is computed or encoded anew then: --keep and --reentry do not apply. 0: the whole window rolls
+    # (default: the window slides)
+    sink: int | None = None
+    # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
+    # trained)
+    route: int | None = None
     crf: int = 18  # Quality of the h264 video; lower is better
     preset: str = "medium"  # Speed of the h264 encoder
     log_drift: bool = False  # Write mean, deviation and outliers of each chunk's latents to NAME.jsonl
@@ -120,6 +127,8 @@ def main(cfg: Config):
     # one large network at a time: the text encoder alone takes 11 GB
     encoded = encode_prompts(cfg, todo, limits, ranks.device, dtype)
     net = model.load(cfg.model, ranks.device, dtype)
+    if cfg.route is not None:
+        net.route = cfg.route or None
     if cfg.compile:
         net.compile_blocks()
     with common.progress(sum(job.tags["frames"] for batch in todo for job in batch), "frames", ranks) as bar:
@@ -146,6 +155,8 @@ def complete(cfg: Config, before: dict, ranks) -> Config:
                         "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir DIR")
     if min(cfg.batch, cfg.samples, cfg.steps) < 1:
         raise UserError(f"--batch {cfg.batch} --samples {cfg.samples} --steps {cfg.steps}: at least 1 each")
+    if (cfg.route or 0) < 0:
+        raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
     if not (0 <= cfg.context_noise <= 1 and 0 <= cfg.history_level <= 1):
         raise UserError(f"--context-noise {cfg.context_noise:g} --history-level {cfg.history_level:g}: noise "
                         "levels are from 0 to 1")
@@ -168,7 +179,7 @@ def warn_of_untrained(cfg: Config, trained: dict):
         print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
     if mode == "full":
         print0(f"warning: {cfg.model} was trained bidirectionally (--mode full), never chunk by chunk")
-    if mode in ("tf", "rf") and (cfg.context_noise or cfg.history_guidance):
+    if mode not in (None, "df", "full") and (cfg.context_noise or cfg.history_guidance):
         print0(f"warning: {cfg.model} was trained with --mode {mode} and has never seen a noisy past, which "
                "--context-noise and --history-guidance show it")
 
@@ -237,7 +248,7 @@ def count_frames(cfg: Config, seconds, begin, coder, fps, where) -> int:
     if frames <= begin:
         raise UserError(f"{where}: {seconds:g} s must be more than the {coder.frame_count(begin)} frames "
                         "that the video begins with")
-    diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep)
+    diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep, cfg.sink)
     return frames
 
 
@@ -249,15 +260,21 @@ def latent_frames(seconds, fps, coder, begin) -> int:
 
 
 def check_starts(cfg, starts, begin, frames, coder, fps, where):
-    """Refuses prompts that would never be shown, since the text changes only where the window slides."""
-    first = begin + (cfg.window - begin) // CHUNK * CHUNK
-    slides = range(first, frames, (cfg.window - cfg.keep) // CHUNK * CHUNK)
-    shown = [next((slide for slide in (0, *slides) if slide >= start), None) for start in starts]
-    if None in shown or len(set(shown)) < len(shown):
+    """Refuses prompts that would never be shown, since the text changes only where the window slides or, with
+    a sink, where a chunk begins."""
+    if cfg.sink is None:
+        first = begin + (cfg.window - begin) // CHUNK * CHUNK
+        slides = range(first, frames, (cfg.window - cfg.keep) // CHUNK * CHUNK)
+        changes = (0, *slides)
         places = ", ".join(f"{coder.frame_count(slide) / fps:.2f}" for slide in slides)
-        raise UserError(f"{where}: not all {len(starts)} prompts would be shown: the text changes where the "
-                        f"window slides, {f'at {places} s' if slides else 'never here'}.\n"
-                        "Change the times, --seconds or --window")
+        when = f"the window slides, {f'at {places} s' if slides else 'never here'}"
+    else:
+        changes = range(begin, frames, CHUNK)
+        when = f"a chunk begins, every {CHUNK * coder.time / fps:.2f} s"
+    shown = [next((change for change in changes if change >= start), None) for start in starts]
+    if None in shown or len(set(shown)) < len(shown):
+        raise UserError(f"{where}: not all {len(starts)} prompts would be shown: the text changes where "
+                        f"{when}.\nChange the times, --seconds or --window")
 
 
 def batches(jobs, size: int) -> list[list[Job]]:
@@ -301,7 +318,7 @@ def make(cfg: Config, jobs, net, coder, texts, bar):
     """Makes a batch of videos. Each chunk is decoded and written as soon as it is generated."""
     start = time.monotonic()
     context = torch.stack([read_context(job, coder) for job in jobs]) if jobs[0].begin else None
-    film = diffusion.Film(coder, cfg.keep, cfg.reentry)
+    film = diffusion.Film(coder, cfg.keep, cfg.reentry if cfg.sink is None else "as-is")
     drift = []
     with contextlib.ExitStack() as files:
         writers = [None if finished(job) else files.enter_context(
@@ -345,7 +362,7 @@ def generate(cfg: Config, jobs, net, coder, texts, context, film):
         net, schedule, texts[cfg.negative], sampling(cfg), frames=jobs[0].frames,
         shape=(coder.z_dim, height // coder.space, width // coder.space), context=context,
         ids=[(job.tags["seed"], job.tags["id"]) for job in jobs],  # so that a batch may mix seeds
-        chunk=CHUNK, window=cfg.window, keep=cfg.keep, reenter=film.reenter)
+        chunk=CHUNK, window=cfg.window, keep=cfg.keep, reenter=film.reenter, sink=cfg.sink)
 
 
 def sampling(cfg: Config) -> diffusion.Sampling:

@@ -84,6 +84,8 @@ class Config:
     rf_shift: float = 0.6  # Mode rf: shift of the noise levels from which the past is resampled
     rf_steps: int = 1  # Mode rf: Euler steps from there to clean
     rf_warmup: int = 0  # Mode rf: steps of teacher forcing before the first resampling
+    # Past chunks that each token attends to, those that suit it best (default: all)
+    route: int | None = None
     seed: int = 0  # Seed of the order of clips, their noise, noise levels and dropped prompts
     log_every: int = 10  # Steps between lines of the log
     eval_every: int = 500  # Steps between measurements of the held-out loss
@@ -364,6 +366,9 @@ def check(cfg: Config, samples: Samples, ranks):
         least = 1 if name in positive else 0
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
+    if cfg.route is not None and (cfg.route < 1 or cfg.mode == "full"):
+        raise UserError(f"--route {cfg.route} --mode {cfg.mode}: it must be at least 1, and --mode full has "
+                        "no past chunks")
     for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share is from 0 to 1")
@@ -431,6 +436,7 @@ def begin(cfg, samples, ranks) -> State:
     """The network, spread over the ranks, and its optimiser."""
     net = model.load(cfg.init, ranks.device, torch.float32, getattr(torch, cfg.dtype)).train()
     net.checkpointing = cfg.recompute
+    net.route = cfg.route
     shard(net, ranks)
     if cfg.mode != "full":
         model.check_causal(net)
@@ -466,7 +472,7 @@ def export(cfg, state, ranks):
             weights[name] = full.cpu()
     if ranks.rank == 0:
         model.save(state.net, cfg.out, weights, wan=cfg.wan, mode=cfg.mode, image_first=cfg.image_first,
-                   held_out=cfg.held_out, step=cfg.steps)
+                   held_out=cfg.held_out, route=cfg.route, step=cfg.steps)
         print(f"trained: {cfg.out}", flush=True)
 
 
@@ -537,7 +543,8 @@ class Log:
                 "clips_per_second": round(cfg.batch / pace, 3),
                 "gigabytes": round(common.memory_used(ranks.device), 2)}
         if peak := common.peak_flops(ranks.device):
-            flops = 3 * model.forward_flops(state.net.config, self.samples.layout()) * cfg.batch / ranks.world
+            flops = 3 * model.forward_flops(state.net.config, self.samples.layout(), cfg.route)
+            flops *= cfg.batch / ranks.world
             line["mfu"] = round(flops / pace / peak, 4)
         if skipped:
             line["skipped"] = int(skipped)

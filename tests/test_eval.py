@@ -1,5 +1,6 @@
 """Stage 5: the paper's formulas and tables, resuming, refusals, the toy world read back."""
 
+import base64
 import html
 import html.parser
 import json
@@ -20,6 +21,7 @@ from worlds import ROOT, call, ended, identity, read_video, run_stage, start, wa
 import data
 import eval_drift
 import metrics
+import readings
 import report as page
 import toy
 from common import UserError
@@ -41,13 +43,14 @@ def write(path, video, prompt="A disc moving left", fps=16, **tags):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """kept/ and drifted/: 3 toy videos each, the same worlds, of 81 frames."""
+    """kept/ and drifted/: 3 toy videos each, of the same worlds, which their tags name, of 81 frames."""
     root = tmp_path_factory.mktemp("videos")
     for i in range(3):
         world = toy.draw_world("eval", i)
         video = toy.render(world, 81)
-        write(root / "kept" / f"{i}.mp4", video, toy.caption(world), seed=i)
-        write(root / "drifted" / f"{i}.mp4", saturated(video), toy.caption(world), seed=i)
+        tags = {"prompt": toy.caption(world), "seed": i, "world": world.name}
+        write(root / "kept" / f"{i}.mp4", video, **tags)
+        write(root / "drifted" / f"{i}.mp4", saturated(video), **tags)
     return root
 
 
@@ -225,7 +228,8 @@ def test_a_table_of_dashes_is_a_line(videos, evaluate, capsys):
 
 def test_a_report(videos, evaluate, capsys):
     status, summary = evaluate(f"Kept={videos}/kept", videos / "drifted", toy=True)
-    assert status is None and list(summary["mean"]) == ["Kept", "drifted"] and len(summary["videos"]) == 6
+    assert status is None and list(summary["mean"]) == ["Kept", "drifted", "frozen", "truth"]
+    assert len(summary["videos"]) == 12
     drift = summary["mean"]["drifted"]["saturation"]["log_ratio"]
     assert drift > 0.3 > abs(summary["mean"]["Kept"]["saturation"]["log_ratio"])
     per_video = [video["metrics"]["saturation"]["log_ratio"] for video in summary["videos"]
@@ -233,7 +237,7 @@ def test_a_report(videos, evaluate, capsys):
     assert drift == pytest.approx(np.mean(per_video))
     assert summary["sem"]["drifted"]["saturation"]["log_ratio"] == pytest.approx(
         np.std(per_video, ddof=1) / 3**0.5)
-    [paired] = summary["paired"]
+    paired = summary["paired"][0]
     assert (paired["a"], paired["b"], paired["pairs"]) == ("Kept", "drifted", 3)
     gap = paired["b_minus_a"]["saturation"]["log_ratio"]
     assert gap["interval"][0] > 0.3 and gap["prompts"] == 3
@@ -243,7 +247,8 @@ def test_a_report(videos, evaluate, capsys):
     assert "musiq" in summary["missing"]["imaging_quality"]
     assert summary["definitions"].keys() >= {"drift", "sem"}
     printed = capsys.readouterr().out
-    assert "https://" in printed and "\u2588" in printed and Path("report/table.md").read_text() in printed
+    tables = Path("report/table.md").read_text().partition("\n\n### ")[2]
+    assert "https://" in printed and "\u2588" in printed and tables in printed
     assert "| drifted | " in printed
 
     rows = [line.split(",") for line in Path("report/curves.csv").read_text().splitlines()]
@@ -270,7 +275,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.seen.append(tag)
         self.refers += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -284,14 +289,35 @@ def test_the_page_needs_nothing_else(videos, evaluate):
     evaluate(f"A<b>&={videos}/kept", videos / "drifted", toy=True)
     text = Path("report/report.html").read_text()
     page = Page(text)
-    assert not page.open and page.seen.count("svg") == 1
-    assert page.seen.count("img") == 6 == len(page.refers)
-    assert all(link.startswith("data:image/png;base64,") for link in page.refers)
-    assert not re.search(r"@import|url\(|<script|<link", text) and "A&lt;b&gt;&amp;" in text
+    assert not page.open and page.seen.count("svg") == page.seen.count("script") == 1
+    assert page.seen.count("img") == page.seen.count("video") == 12 and len(page.refers) == 24
+    kinds = [link.partition(";base64,")[0] for link in page.refers]
+    assert set(kinds) == {"data:image/png", "data:video/mp4"} and kinds.count("data:video/mp4") == 12
+    assert not re.search(r"@import|url\(|<link|https?://(?!www.w3.org)", text.partition("<h2>Missing")[0])
+    assert "A&lt;b&gt;&amp;" in text
     svg = xml.etree.ElementTree.parse("report/curves.svg").getroot()
-    assert len(svg.findall("{*}g")) == len(metrics.FREE) + len(toy.READINGS), "a panel for each metric"
+    assert len(svg.findall("{*}g")) == len(metrics.FREE) + len(readings.READINGS), "a panel for each metric"
     strip = data.read_image("report/filmstrips.png")
-    assert strip.shape[2:] == (6 * 84 + 2 * 10, 8 * 84), "two rows for each prompt, a gap between prompts"
+    assert strip.shape[2:] == (12 * 84 + 2 * 10, 8 * 84), "four rows for each prompt, a gap between prompts"
+
+
+def test_the_page_holds_small_videos_as_they_are_and_large_ones_reduced(evaluate, tmp_path, monkeypatch):
+    for i in range(3):
+        video = toy.render(toy.draw_world("small", i), 17)
+        write(tmp_path / f"small/{i}.mp4", video)
+        write(tmp_path / f"large/{i}.mp4", video.repeat(1, 1, 7, 10))  # 320x224
+    evaluate("small", "large")
+    links = Page(Path("report/report.html").read_text()).refers
+    pictures, films = ([base64.b64decode(link.partition(",")[2]) for link in links if link.startswith(kind)]
+                       for kind in ("data:image/png", "data:video/mp4"))
+    assert len(films) == 6 and films[0] == (tmp_path / "small/0.mp4").read_bytes()
+    (tmp_path / "embedded.mp4").write_bytes(films[1])
+    reduced = data.probe(tmp_path / "embedded.mp4")
+    assert (reduced.width, reduced.height, reduced.frames, reduced.fps) == (228, 160, 17, 16)
+    room = sum(map(len, pictures)) + 0.9 * sum(map(len, films))
+    monkeypatch.setattr(page, "PAGE", room / 0.7)
+    evaluate("small", "large")
+    assert Path("report/report.html").read_text().count("<video") == 4, "of as many prompts as fit"
 
 
 def test_frames_of_a_strip_go_from_first_to_last(tmp_path):
@@ -310,10 +336,10 @@ def test_pieces_do_not_matter(videos, evaluate, monkeypatch):
     monkeypatch.setattr(eval_drift, "pieces", lambda job: pieces(job, 7))
     _, cut = evaluate(videos / "drifted", toy=True, extra=True, out="cut")
     for a, b in zip(cut["videos"], whole["videos"], strict=True):
-        assert a["metrics"].keys() == b["metrics"].keys() >= {"flicker", "local_contrast", *toy.READINGS}
+        assert a["metrics"].keys() == b["metrics"].keys() >= {"flicker", "local_contrast", *readings.READINGS}
         for name, row in a["metrics"].items():
             numbers = (np.array([*of.values()], float) for of in (row, b["metrics"][name]))
-            tolerance = 1e-4 if name in toy.READINGS else 0
+            tolerance = 1e-4 if name in readings.READINGS else 0
             np.testing.assert_allclose(*numbers, 0, tolerance, err_msg=name)
 
 
@@ -330,12 +356,13 @@ def test_nothing_is_scored_twice(videos, evaluate, monkeypatch):
     _, moved = evaluate("moved")
     assert not scored and moved["mean"]["moved"] == first["mean"]["kept"]
     _, more = evaluate(videos / "kept", toy=True)
-    assert len(scored) == 3 and [job.scorers for job in scored] != [[]] * 3
+    assert len(scored) == 9, "and the controls"
     assert more["mean"]["kept"]["saturation"] == first["mean"]["kept"]["saturation"]
+    made = identity(Path("report/controls"))
     evaluate(videos / "kept", toy=True)
-    assert len(scored) == 3
+    assert len(scored) == 9 and identity(Path("report/controls")) == made
     evaluate(videos / "kept", stride=2)
-    assert len(scored) == 6, "other settings are other scores"
+    assert len(scored) == 12, "other settings are other scores"
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +386,7 @@ def test_killed_and_started_again_it_ends_the_same(whole, tmp_path):
     process.kill()
     ended(process, -signal.SIGKILL)
     made = {p: file for p, file in identity(out / "scores").items() if p.suffix == ".safetensors"}
-    assert 2 <= len(made) < 6 and not (out / "summary.json").exists(), "killed too late to show anything"
+    assert 2 <= len(made) < 12 and not (out / "summary.json").exists(), "killed too late to show anything"
     call("eval_drift.py", *whole[1], "--out", out)
     assert made.items() <= identity(out / "scores").items(), "scored again"
     same_report(out, whole[0])
@@ -371,7 +398,7 @@ def test_ranks_write_the_same_report(whole, tmp_path):
 
 
 def test_the_distance_to_real_frames(evaluate, tmp_path):
-    for i in range(10):
+    for i in range(12):
         video = toy.render(toy.draw_world("real", i), 61)
         write(tmp_path / f"real/{i}.mp4", video)
         video = toy.render(toy.draw_world("fake", i), 61)
@@ -380,10 +407,160 @@ def test_the_distance_to_real_frames(evaluate, tmp_path):
     distances = summary["frechet"]["fake"]
     assert len(distances) == 5 and distances[4] > 2 * distances[0] > 0
     stored = [eval_drift.read_scores(file)[0]["frechet"] for file in Path("report/scores").iterdir()]
-    expected = metrics.frechet_features(read_video("fake/0.mp4")[::3])
-    assert len(stored) == 20 and {rows.shape for rows in stored} == {expected.shape}
-    assert any(torch.allclose(rows, expected, atol=1e-5) for rows in stored), "frames 0, 3, ... 60"
+    video = read_video("fake/0.mp4")
+    expected = metrics.frechet_features(*(video[offset:offset + 49:3] for offset in (0, 4, 8, 12)))
+    assert len(stored) == 24 and {rows.shape for rows in stored} == {expected.shape}
+    assert any(torch.allclose(rows, expected, atol=1e-5) for rows in stored), "from frames 0, 3, ... 48"
     assert "frechet" not in summary["mean"]["fake"] and "| fake " in Path("report/table.md").read_text()
+    for i in range(7, 12):
+        Path(f"fake/{i}.mp4").unlink()
+    assert evaluate("fake", real="real", stride=3)[1]["frechet"] == {}, "too few windows in a fifth"
+
+
+# ----------------------------------------------------------------------- the truth and a still picture
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    """good/ and bad/: 6 videos that continue starts by the truth; the bad ones stand still after 1.5 s."""
+    root = tmp_path_factory.mktemp("continued")
+    worlds = [toy.draw_world("starts", i) for i in range(6)]
+    toy.draw_videos(root / "starts", worlds, 9)
+    for i, world in enumerate(worlds):
+        true = readings.true_frames(readings.Origin("starts", i, 0, 9), 81)
+        tags = {"extend": str(root / "starts" / f"{i:05d}.mp4"), "context": 12, "seed": 0}
+        write(root / "good" / f"{i}.mp4", true, toy.caption(world), **tags)
+        stopped = torch.cat([true[:24], true[23:24].expand(57, -1, -1, -1)])
+        write(root / "bad" / f"{i}.mp4", stopped, toy.caption(world), **tags)
+    return root
+
+
+def test_a_toys_report_is_judged_by_the_truth(continued, evaluate, capsys):
+    folders = continued / "bad", continued / "good"
+    _, summary = evaluate(*folders, toy=True, real=str(continued / "good"), stride=2)
+    assert list(summary["mean"]) == ["bad", "good", "frozen", "truth"]
+    survived = {method: row["survival"]["score"] for method, row in summary["mean"].items()}
+    assert survived["good"] == survived["truth"] == 81 / 16
+    assert 0.5 < survived["frozen"] < 1.9
+    assert survived["bad"] == pytest.approx(survived["frozen"] + 15 / 16, abs=0.15)
+    assert summary["median"]["good"] == {"seconds": 81 / 16, "at_least": True, "end": 81 / 16, "videos": 6}
+    assert not summary["median"]["bad"]["at_least"]
+    good, bad, frozen = ({name: row["last"] for name, row in summary["mean"][method].items()}
+                         for method in ("good", "bad", "frozen"))
+    assert good["right"] == good["survival"] == 1 > bad["right"]
+    assert good["place"] < 0.7 < 3 < bad["place"] and good["psnr"] > 40 > bad["psnr"]
+    assert bad["sprite"] == bad["shape"] == good["direction"] == 1 > frozen["direction"]
+    curves = np.load("report/curves.npz")
+    time, alive = curves["bad/0.mp4/survival"]
+    assert alive.tolist() == (time / 16 < summary["videos"][0]["metrics"]["survival"]["score"]).tolist()
+    printed = capsys.readouterr().out
+    lines = summary["findings"]
+    assert "\n".join(lines) in printed and printed.rstrip().endswith(lines[-1])
+    assert Path("report/table.md").read_text().startswith(lines[0])
+    text = html.unescape(Path("report/report.html").read_text())
+    assert 0 < text.index(lines[0]) < text.index(lines[-1]) < text.index("<table")
+    assert re.fullmatch(r"Sprites are right for > 5.1 s \(good\), \d\.\d s \(bad\), \d\.\d s \(a still "
+                        r"picture\), > 5.1 s \(the truth\) \(medians\)\.", lines[0])
+    assert lines[1].startswith("good's are right for longer than bad's: +2.")
+    assert lines[2].startswith("good's are right for longer than a still picture's: +3.")
+    assert "(bad)" in lines[3] and lines[4].endswith("0 % (a still picture), 100 % (the truth) of moments.")
+    assert "0 % (a still picture) of the truth's speed" in lines[5]
+
+
+def test_what_the_controls_are(continued, evaluate):
+    evaluate(continued / "good", toy=True)
+    for i in (0, 5):
+        start, frozen, truth = (read_video(path) for path in (
+            continued / f"starts/{i:05d}.mp4", f"report/controls/frozen/{i}.mp4",
+            f"report/controls/truth/{i}.mp4"))
+        assert len(frozen) == len(truth) == 81
+        assert readings.psnr(frozen[:9], start).min() > 24 < readings.psnr(truth[:9], start).min()
+        assert readings.psnr(frozen[9:], frozen[8:9]).min() > 35
+        exact = data.to_uint8(toy.render(toy.draw_world("starts", i), 81))
+        assert readings.psnr(truth, exact).min() > 23
+        tags = data.read_tags(f"report/controls/truth/{i}.mp4")
+        assert readings.origin_of(tags) == ("starts", i, 0, 9) and tags["seed"] == 0
+    made = identity(Path("report/controls"))
+    shutil.copytree(continued / "good", "shorter")
+    world = toy.draw_world("starts", 0)
+    write(Path("shorter/0.mp4"), toy.render(world, 49), toy.caption(world), **{
+        "extend": str(continued / "starts/00000.mp4"), "seed": 0})
+    _, summary = evaluate("shorter", toy=True)
+    again = identity(Path("report/controls"))
+    changed = {path.name for path, file in again.items() if path.suffix and made[path] != file}
+    assert changed == {"0.mp4"} and len(read_video("report/controls/truth/0.mp4")) == 49
+    assert [v["frames"] for v in summary["videos"] if v["method"] == "truth"] == [49, 81, 81, 81, 81, 81]
+
+
+def test_worlds_that_are_unknown_are_judged_by_their_first_chunk(evaluate, tmp_path, capsys):
+    for i in range(3):
+        world = toy.draw_world("unknown", i)
+        write(tmp_path / f"v/{i}.mp4", toy.render(world, 49), toy.caption(world))
+    _, summary = evaluate("v", toy=True)
+    assert list(summary["mean"]) == ["v"] and summary["findings"] == [] and summary["median"] == {"v": None}
+    assert not summary["metrics"].keys() & {"survival", "right", "place", "psnr"}
+    assert summary["mean"]["v"]["sprite"]["score"] == 1 and summary["mean"]["v"]["colour"]["last"] < 6
+    assert "of 3 videos the tags do not say which world" in capsys.readouterr().out
+    with pytest.raises(UserError, match="frozen and truth are the controls' names"):
+        evaluate("frozen=v", toy=True)
+
+
+def found(interval, prompts=6, seconds=(2.0, 6.0), order=("DF", "R3")):
+    """What is found about R3 beside DF, from the interval of their difference."""
+    def gap(interval):
+        return {"b_minus_a": {"survival": {"score": interval and {"interval": interval, "prompts": prompts}}}}
+
+    methods = (*order, "frozen", "truth")
+    medians = dict(zip(methods, (*seconds, 1.25, 8), strict=True))
+    speeds = dict(zip(methods, (0.5, 0.45, 0.0, 0.5), strict=True))
+    pairs = {(order[0], order[1]): gap(interval), (order[1], "frozen"): gap([-1.0, -1.5, -0.5])}
+    return page.findings({
+        "mean": {m: {"speed": {"last": v}, "direction": {"last": 2 * v}} for m, v in speeds.items()},
+        "median": {m: {"seconds": s, "at_least": s == 8, "end": 8.06} for m, s in medians.items()},
+        "paired": [{"a": a, "b": b} | pair for (a, b), pair in pairs.items()],
+        "frechet": {m: [1, 2, 3, 4, i] for i, m in enumerate(methods)}})
+
+
+def test_findings_say_no_more_than_the_numbers():
+    survived, *compared, distance, direction, motion = found([4.0, 2.5, 5.5])
+    assert survived == (
+        "Sprites are right for 6.0 s (R3), 2.0 s (DF), 1.2 s (a still picture), > 8.1 s (the truth) "
+        "(medians).")
+    assert compared == [
+        "R3's are right for longer than DF's: +4.0 s on average over 6 prompts (95 % interval +2.5 to +5.5).",
+        "R3's are right for longer than a still picture's: +1.0 s on average over 6 prompts "
+        "(95 % interval +0.5 to +1.5)."]
+    assert distance == (
+        "In the last fifth the Frechet distance to real windows of frames is 1.0 (R3), 0.0 (DF), "
+        "2.0 (a still picture), 3.0 (the truth).")
+    assert direction == ("In the last fifth sprites move as told in 90 % (R3), 100 % (DF), 0 % (a still "
+                         "picture), 100 % (the truth) of moments.")
+    assert motion == (
+        "In the last fifth pixels move at 90 % (R3), 100 % (DF), 0 % (a still picture) of the truth's speed.")
+    assert found([-4.0, -5.5, -2.5])[1].startswith("R3's are right for shorter than DF's: -4.0 s")
+    assert found([0.4, -0.5, 1.3])[1] == (
+        "R3's are right for neither longer nor shorter than DF's, as far as this shows: +0.4 s on average "
+        "over 6 prompts (95 % interval -0.5 to +1.3).")
+    for few in (found([4.0, 2.5, 5.5], prompts=4)[1], found(None)[1]):
+        assert few == "Too few prompts are common to R3 and DF to compare them."
+
+
+def test_measures_that_reward_stillness_are_marked():
+    report = report_of(
+        A={"saturation": 0.2, "contrast": 0.1}, B={"saturation": 0.1, "contrast": 0.2},
+        frozen={"saturation": 0.0, "contrast": 0.3}, truth={"saturation": -0.05, "contrast": 0.0})
+    gap = {"log_ratio": {"interval": [1.0, 0.5, 1.5], "prompts": 9}}
+    report["paired"] = [{"a": "A", "b": method, "pairs": 9, "prompts": 9, "b_minus_a": {
+        "saturation": gap, "contrast": gap}} for method in ("B", "frozen", "truth")]
+    report["frechet"] = {m: row for m, row in zip(report["mean"], (
+        [3, 3, 3, 3, 3], [4, 4, 4, 4, 4], [2, 9, 9, 9, 9], [3, 3, 3, 3, 3]), strict=True)}
+    _, change, _, frechet, paired = page.make_tables(report)
+    assert change.heads == ["Method", "saturation †", "contrast"] and change.note.endswith(page.STILL)
+    saturation, contrast = list(zip(*change.rows, strict=True))[1:]
+    assert saturation == ("x1.22 (1%)", "x1.11 (1%)", "x1.00 (1%)", "x0.95 (1%)"), "none is bold"
+    assert contrast == ("**x1.11 (1%)**", "x1.22 (1%)", "x1.35 (1%)", "x1.00 (1%)"), "not even the truth"
+    assert frechet.heads == ["Method", "0-20 % †", "20-40 %", "40-60 %", "60-80 %", "80-100 %"]
+    assert paired.rows[0] == ["log ratio of saturation †", *["+1.00 [0.50, 1.50]"] * 3]
+    assert paired.rows[1] == ["log ratio of contrast", *["**+1.00 [0.50, 1.50]**"] * 3]
 
 
 # --------------------------------------------------------------------------------- VBench's result file
@@ -539,84 +716,3 @@ def test_the_prompts_for_evaluation():
     prompts = (ROOT / "prompts.txt").read_text().splitlines()
     assert len(prompts) == 32 == len({p[:20] for p in prompts})
     assert all(60 < len(p) < 160 and p.endswith(".") and p.isascii() for p in prompts)
-
-
-# ------------------------------------------------------------------------------ the toy world read back
-
-def read_back(video, prompt):
-    return {k: v.numpy() for k, v in toy.judge(toy.fit(data.to_uint8(video)), prompt).items()}
-
-
-def without_sprite(world, frames):
-    return toy.render(world._replace(shape="disc", radius=-toy.SIZE), frames)
-
-
-def soften(video, sigma):
-    f = torch.fft.fftfreq(toy.SIZE).square().view(-1, 1) + torch.fft.rfftfreq(toy.SIZE).square()
-    return torch.fft.irfft2(torch.fft.rfft2(video) * torch.exp(-2 * (math.pi * sigma) ** 2 * f)).clamp(-1, 1)
-
-
-@pytest.mark.parametrize("sigma,shapes,off", [(0, 0.99, 1), (2, 0.8, 2)])
-def test_what_was_drawn_is_read_back(sigma, shapes, off):
-    """Blurred by 2 pixels a video is at 28 dB."""
-    right_shape, near, right_direction, colours = [], [], [], []
-    for i in range(10):
-        world = toy.draw_world("truth", i)
-        video = toy.render(world, toy.LAG + 9)
-        reading = toy.fit(data.to_uint8(soften(video, sigma) if sigma else video))
-        t = torch.arange(len(video))
-        step = torch.tensor(toy.DIRECTIONS[world.direction]) * world.speed
-        error = (reading["place"] - world.place - step * t.view(-1, 1) + 16) % 32 - 16
-        judged = toy.judge(reading, toy.caption(world))
-        right_shape.append((reading["shape"] == toy.SHAPES.index(world.shape)).float().mean())
-        near.append((error.norm(dim=1) < off).float().mean())
-        right_direction.append(judged["direction"][toy.LAG:].mean())
-        colours.append((reading["colour"] - world.color).abs().mean() * 127.5)
-        assert judged["direction"][:toy.LAG].isnan().all() and judged["sprite"].mean() > 0.9
-    assert torch.stack(right_shape).mean() >= shapes and torch.stack(near).mean() >= 0.97
-    assert torch.stack(right_direction).mean() >= 0.97 and (sigma or max(colours) < 6)
-
-
-def test_a_lost_sprite_is_missed():
-    for i in range(5):
-        world = toy.draw_world("lost", i)
-        frames = 20 + toy.LAG
-        video = toy.render(world, frames)
-        video[20:] = without_sprite(world, frames)[20:]
-        for noise in (0, 0.05):
-            seen = read_back((video + noise * torch.randn(video.shape)).clamp(-1, 1), toy.caption(world))
-            assert seen["sprite"][:20].mean() > 0.9 and seen["sprite"][20:].mean() < 0.1
-            assert np.isnan(seen["colour"][20:]).mean() > 0.9 and seen["direction"][toy.LAG:].mean() == 0
-
-
-def test_another_shape_or_way_is_not_what_was_told():
-    world = toy.draw_world("told", 0)._replace(shape="disc", direction="left", speed=0.1)
-    video = toy.render(world, 73)
-    video[21:] = toy.render(world._replace(shape="triangle"), 73)[21:]
-    seen = read_back(video, "A disc moving left")
-    assert seen["shape"][:21].mean() == 1 and seen["shape"][21:].mean() < 0.1 and seen["sprite"].mean() == 1
-    for prompt, share in (("A disc moving left", 1), ("A disc moving up", 0), ("A disc moving right.", 0),
-                          ("A reversed video of a disc moving right", 1)):
-        assert read_back(video, prompt)["direction"][toy.LAG:].mean() == share, prompt
-    for speed in (0.0, 0.01):  # places are whole pixels: a step of one may be none
-        still = read_back(toy.render(world._replace(speed=speed), 2 * toy.LAG), "A disc moving left")
-        assert still["direction"][toy.LAG:].mean() == 0
-    whole = read_back(video, "A disc moving left")
-    sparse = toy.judge(toy.fit(data.to_uint8(video[::4])), "A disc moving left", stride=4)
-    sparse = {k: v.numpy() for k, v in sparse.items()}
-    for name in ("sprite", "shape", "direction"):  # every fourth frame tells the same
-        assert np.array_equal(sparse[name], whole[name][::4], equal_nan=True), name
-    assert sparse["background"] == pytest.approx(whole["background"][::4], abs=0.3)
-    untold = read_back(video, "A cat")
-    assert np.isnan(untold["shape"]).all() and np.isnan(untold["direction"]).all()
-
-
-def test_background_and_colour_that_walk_away_are_measured():
-    world = toy.draw_world("walk", 1)._replace(base=torch.tensor([-0.2, 0.1, 0.0]))
-    frames = [toy.render(world._replace(base=world.base + 0.004 * i * torch.tensor([1.0, -1.0, 0.5]),
-                                        color=world.color * (1 - i / 160)), 1, start=i) for i in range(80)]
-    seen = read_back(torch.cat(frames), toy.caption(world))
-    walked = 127.5 * 0.004 * (np.arange(80) - 4) * 2.5 / 3
-    assert seen["background"][20:] == pytest.approx(walked[20:], abs=1.2)
-    faded = 127.5 * world.color.abs().mean().item() * (np.arange(80) - 4) / 160
-    assert seen["colour"][20:] == pytest.approx(faded[20:], abs=4)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from worlds import assert_close, blank, call_text, curves_of, digest, levels, noise, pan, shifted, texture
 
+import data
 import metrics
+import toy
 from common import UserError, rng
 
 
@@ -289,23 +291,65 @@ def test_frechet_equals_the_general_formula():
 
 def test_frechet_features_see_drift():
     textures = [texture(64, 64 + 4 * i)[..., :64] for i in range(10)]
-    clean = torch.stack([levels(shifted(image, 3.7 * j)) for image in textures for j in range(5)])
-    features = metrics.frechet_features(clean)
-    assert features.shape == (50, 336) and (features >= 0).all()
-    assert_close(metrics.frechet_features(clean[[17, 20]]), features[[17, 20]], 1e-5)
+    clean = [torch.stack([levels(shifted(image, 3.7 * j + 0.8 * k)) for image in textures for j in range(5)])
+             for k in range(4)]
+    features = metrics.frechet_features(*clean)
+    assert features.shape == (50, 672) and (features >= 0).all()
+    assert_close(metrics.frechet_features(*(frame[[17, 20]] for frame in clean)), features[[17, 20]], 1e-5)
     # the same filters for ever, so that reports can be compared
     assert digest(features[:1]) == pytest.approx(
-        [0.056216, 0.0185202, 0.0558638, 0.0554556, 0.0791133, 0.0396371, 0.0447861, 0.0407929], rel=1e-4)
+        [0.0448873, 0.0158055, 0.0341482, 0.0572155, 0.03609, 0.0509558, 0.0724722, 0.0447171], rel=1e-4)
     even, odd = features[0::2], features[1::2]
-    strong = clean.float() - clean.float().mean(1, keepdim=True)
-    strong = (clean.float() + strong).clamp(0, 255).to(torch.uint8)
-    axes = 8  # more would need more frames than these
+    grey = [frame.float().mean(1, keepdim=True) for frame in clean]
+    strong = [(2 * frame.float() - mean).clamp(0, 255).to(torch.uint8)[1::2]
+              for frame, mean in zip(clean, grey, strict=True)]
+    axes = 8  # more would need more windows than these
     same = metrics.frechet_distance(even, odd, axes)
-    assert metrics.frechet_distance(even, metrics.frechet_features(strong[1::2]), axes) > 3 * same
+    assert metrics.frechet_distance(even, metrics.frechet_features(*strong), axes) > 3 * same
+
+
+def windows(name, count, order=(0, 4, 8, 12), **changes):
+    """Features of windows of the toy's worlds: every eighth frame is the first of one."""
+    rows = []
+    for i in range(count):
+        video = data.to_uint8(toy.render(toy.draw_world(name, i)._replace(**changes), 81))
+        rows.append(metrics.frechet_features(*(video[offset:offset + 69:8] for offset in order)))
+    return torch.cat(rows)
+
+
+def test_frechet_windows_see_motion():
+    """A still picture is far from the truth, and so are frames in another order. Worlds played backwards are
+    worlds that move the other way, so that only those of one direction tell forwards from backwards."""
+    real = windows("real", 100)
+    distance = {name: metrics.frechet_distance(real, windows("others", 40, order)) for name, order in {
+        "truth": (0, 4, 8, 12), "still": (0, 0, 0, 0), "slow": (0, 2, 4, 6), "shuffled": (8, 0, 12, 4),
+        "backwards": (12, 8, 4, 0)}.items()}
+    left = windows("real", 100, direction="left")
+    for name, order in {"forwards": (0, 4, 8, 12), "backwards": (12, 8, 4, 0)}.items():
+        others = windows("others", 40, order, direction="left")
+        distance[f"left {name}"] = metrics.frechet_distance(left, others)
+    print(distance)
+    assert distance["truth"] < 9 and distance["still"] > 3 * distance["truth"]
+    assert distance["slow"] > 1.4 * distance["truth"] and distance["shuffled"] > 2.5 * distance["truth"]
+    assert distance["backwards"] == pytest.approx(distance["truth"], rel=0.1)
+    assert distance["left backwards"] > 1.1 * distance["left forwards"]
+
+
+def test_frechet_windows_span_three_quarters_of_a_second():
+    assert metrics.quarters(16) == (0, 4, 8, 12) and metrics.quarters(30) == (0, 8, 16, 24)
+    assert metrics.quarters(2) == (0, 1, 2, 3)
+    video = pan(40, height=32, width=32)
+    for stride, pieces in ((4, None), (3, 7)):
+        rows = curves_of(metrics.frechet_scorer(stride=stride), video, pieces)["frechet"]
+        firsts = torch.arange(0, 28, stride)
+        expected = metrics.frechet_features(*(video[firsts + offset] for offset in (0, 4, 8, 12)))
+        assert_close(rows, expected, 1e-6)
+    with pytest.raises(UserError, match="frechet needs at least 13 frames, not 12"):
+        curves_of(metrics.frechet_scorer(), video[:12])
 
 
 def test_frechet_refuses_what_it_cannot_measure():
-    with pytest.raises(UserError, match="more than 32 reference frames and as many others, not 32 and 40"):
+    with pytest.raises(UserError, match="more than 32 reference windows and as many others, not 32 and 40"):
         metrics.frechet_distance(noise(32, 336), noise(40, 336))
-    with pytest.raises(UserError, match="more varied reference frames than these 40"):
+    with pytest.raises(UserError, match="more varied reference windows than these 40"):
         metrics.frechet_distance(noise(4, 336).repeat(10, 1), noise(40, 336))

@@ -94,7 +94,8 @@ def test_meta_says_how_it_was_made(world, make):
         "model": str(world / "model"),
         "model_fingerprint": common.fingerprint(world / "model/diffusion_pytorch_model.safetensors"),
         "seed": 0, "round": 1, "count": 5, "held_out": 0, "steps": 2, "guidance": 6.0,
-        "shift": 8.0, "solver": "euler", "dtype": "float32", "command": ["rollout.py", "--made", "by a test"]}
+        "shift": 8.0, "solver": "euler", "route": None, "dtype": "float32",
+        "command": ["rollout.py", "--made", "by a test"]}
 
 
 @pytest.mark.parametrize("flags", [dict(steps=3), dict(guidance=1.0), dict(shift=2.0), dict(solver="unipc"),

@@ -329,7 +329,7 @@ def test_tags_and_like(make, models, capsys):
                 "context": 6,
                 "seconds": 4, "frames": 69, "steps": 1, "guidance": 3, "shift": 8, "solver": "unipc",
                 "negative": "", "context_noise": 0, "history_guidance": 0,
-                "history_level": 0.8, "window": 9, "keep": 6,
+                "history_level": 0.8, "window": 9, "keep": 6, "sink": None, "route": None,
                 "reentry": "first", "extend": str(Path("clip.mp4").resolve()), "image": None, "crf": 20,
                 "preset": "ultrafast", "dtype": "float32"}
     mark = common.fingerprint(models / "model/diffusion_pytorch_model.safetensors")

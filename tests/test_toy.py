@@ -1,8 +1,11 @@
 """The toy world: exact, the same everywhere, and its VAE good enough to see it through."""
 
+import json
+
 import pytest
 import torch
 
+import common
 import data
 import model
 import t5
@@ -22,7 +25,7 @@ def test_a_world_is_a_function_of_its_seed():
     again = [data.to_uint8(toy.render(toy.draw_world(0, i), toy.FRAMES)) for i in range(4)]
     assert all(torch.equal(a, b) for a, b in zip(frames, again, strict=True))
     means = torch.stack(frames).float().mean((1, 2, 3, 4)).tolist()
-    assert means == pytest.approx([114.92, 109.45, 103.83, 116.83], abs=0.05)  # everywhere
+    assert means == pytest.approx([114.88, 109.50, 104.18, 116.67], abs=0.05)  # everywhere
     assert not torch.equal(frames[0], data.to_uint8(toy.render(toy.draw_world(1, 0), 81)))
 
 
@@ -31,7 +34,7 @@ def test_the_prompt_tells_shape_and_direction_and_nothing_else():
     captions = {f"A {s} moving {d}" for s in toy.SHAPES for d in toy.DIRECTIONS}
     assert {toy.caption(w) for w in worlds} == captions
     a, b = [w for w in worlds if toy.caption(w) == toy.caption(worlds[0])][:2]
-    assert not torch.allclose(a.base, b.base, atol=0.05) and not torch.allclose(a.color, b.color, atol=0.05)
+    assert not torch.allclose(a.base, b.base, atol=0.05) and not torch.allclose(a.colour, b.colour, atol=0.05)
 
 
 @pytest.mark.parametrize("direction,way", [
@@ -49,13 +52,13 @@ def test_a_sprite_moves_as_its_caption_says_and_comes_back(direction, way):
 @pytest.mark.parametrize("shape,area", [
     ("disc", 3.1416), ("ring", 2.356), ("square", 2.89), ("triangle", 1.299)])
 def test_sprites_have_their_shape(shape, area):
-    world = toy.draw_world(0, 0)._replace(shape=shape, radius=7.0, base=-torch.ones(3), color=torch.ones(3),
+    world = toy.draw_world(0, 0)._replace(shape=shape, radius=7.0, base=-torch.ones(3), colour=torch.ones(3),
                                           waves=torch.zeros(2, 3), place=torch.tensor([16.0, 16.0]))
     covered = ((toy.render(world, 1) + 1) / 2).mean() * toy.SIZE**2
     assert covered.item() == pytest.approx(area * 49, rel=0.05)
 
 
-def test_the_vae_reaches_28_db_on_held_out_clips(wan):
+def test_the_vae_reaches_35_db_on_held_out_clips(wan):
     network = vae.load(wan)
     worlds = [toy.draw_world(12345, i) for i in range(6)]
     video = torch.stack([toy.render(w, toy.FRAMES) for w in worlds])
@@ -64,7 +67,7 @@ def test_the_vae_reaches_28_db_on_held_out_clips(wan):
     error = ((network.decode(z) - video) / 2).square().mean((1, 2, 3, 4))
     psnr = (-10 * error.log10()).mean().item()
     print(f"{psnr:.2f} dB")
-    assert psnr >= 28
+    assert psnr >= 35
     assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.4, "latents are normalised"
     assert toy.VAE_FILE.stat().st_size <= 2 * 2**20
 
@@ -82,7 +85,31 @@ def test_the_model_directory_is_complete(wan):
     unknown = text.tokenizer.unk_id()
     assert unknown not in t5.token_ids(text.tokenizer, "A reversed video of a ring moving up")
     x, t = torch.ones(1, 21, 16, 4, 4), torch.zeros(1, 21)
-    assert not net(x, t, rows[0][None]).any(), "an untrained transformer predicts nothing"
+    assert net(x, t, rows[0][None]).isfinite().all()
+
+
+def test_the_model_directory_has_the_base_model(tmp_path, monkeypatch):
+    """As ship_base writes it, of a model_k folder."""
+    config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=2, text_dim=64, text_len=32)
+    net = model.WanModel(config).init_weights("trained")
+    model.save(net, tmp_path / "model", step=300, mode="df")
+    log = [{"step": step, "loss": 1 / step} for step in (50, 100, 200, 300)] + [{"step": 300, "held_out": 1}]
+    (tmp_path / "model" / "log.jsonl").write_text(data.as_lines(log))
+    monkeypatch.setattr(toy, "BASE_FILE", tmp_path / "base.safetensors")
+    toy.ship_base(tmp_path / "model")
+    weights, recorded = common.open_weights(toy.BASE_FILE)
+    assert {w.read().dtype for w in weights.values()} == {torch.bfloat16}
+    assert toy.BASE_FILE.stat().st_size < 3 * 2**20
+    del recorded["config"]
+    assert recorded == {"seed": 7, "clips": 6000, "steps": 300, "mode": "df",
+                        "losses": [1 / 100, 1 / 200, 1 / 300]}
+    toy.make_wan(tmp_path / "wan")
+    shipped = model.load(tmp_path / "wan")
+    assert shipped.config == config and data.geometry(tmp_path / "wan") == (32, 32, 81, 16)
+    for (name, a), b in zip(shipped.named_parameters(), net.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6, rtol=2**-8), name
+    toy.make_wan(tmp_path / "untrained", trained=False)
+    assert not model.load(tmp_path / "untrained").head.head.weight.any(), "it has yet to learn"
 
 
 def test_what_the_command_makes(tmp_path, monkeypatch):
@@ -94,5 +121,42 @@ def test_what_the_command_makes(tmp_path, monkeypatch):
         [{"prompt": toy.caption(world), "extend": "starts/00000.mp4"}])
     shown = torch.stack(list(data.read_frames(data.probe(tmp_path / "starts/00000.mp4"))))
     assert (data.to_float(shown) - toy.render(world, 9)).abs().mean() < 0.05
-    monkeypatch.setattr(toy, "train_vae", lambda seed: f"trained {seed}")
-    assert toy.main(toy.Config(train_vae=True, seed=3)) == "trained 3"
+    for path, name in (("videos/00001.mp4", [3, 1]), ("starts/00000.mp4", ["held out", 0])):
+        tags = data.read_tags(tmp_path / path)
+        assert tags == {"prompt": toy.caption(toy.draw_world(*name)), "world": name}, "the truth can be known"
+    calls = []
+    monkeypatch.setattr(toy, "train_vae", calls.append)
+    monkeypatch.setattr(toy, "train_base", calls.append)
+    toy.main(toy.Config(train_vae=True, seed=3))
+    toy.main(toy.Config(train_base=True, out=str(tmp_path)))
+    assert calls == [3, tmp_path / "base"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# what is shipped is what the commands make: their first steps, done again
+
+@pytest.mark.slow
+def test_the_shipped_vae_is_what_its_command_makes():
+    """Half a minute. Other CPUs round differently."""
+    recorded = common.open_weights(toy.VAE_FILE)[1]["losses"]
+    assert len(recorded) == 51 and recorded[-1] < 0.001
+    assert toy.train_vae(0, until=100) == pytest.approx(recorded[:2], rel=0.005)
+
+
+@pytest.mark.slow
+def test_the_shipped_base_is_what_its_command_makes(tmp_path):
+    """Only the clips that 100 steps touch are drawn and encoded: a third of all, 4 minutes."""
+    recorded = common.open_weights(toy.BASE_FILE)[1]
+    assert recorded["mode"] == toy.BASE_MODE and recorded["steps"] == toy.BASE_STEPS
+    held_out = set(data.permutation(toy.BASE_CLIPS, "held out", 0)[:data.HELD_OUT].tolist())
+    trained = [i for i in range(toy.BASE_CLIPS) if i not in held_out]
+    touched = held_out | {trained[data.sample_order(len(trained), 0, place)] for place in range(100 * 16)}
+    toy.prepare_base(tmp_path, sorted(touched))
+    worlds = [toy.draw_world(toy.BASE_SEED, i) for i in range(toy.BASE_CLIPS)]
+    data.write_index(tmp_path / "agg_0", (
+        data.index_entry(f"{i:05d}", toy.caption(world), "seed", 0, f"{i:05d}.mp4")
+        for i, world in enumerate(worlds)))
+    toy.fit_base(tmp_path, 100)
+    log = map(json.loads, (tmp_path / "model" / "log.jsonl").read_text().splitlines())
+    [loss] = [line["loss"] for line in log if "loss" in line]
+    assert loss == pytest.approx(recorded["losses"][0], rel=0.005)
