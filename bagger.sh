@@ -33,7 +33,7 @@ if [ "$WAN" ]; then
     [ -d "$WAN" ] || refuse "WAN: no such folder: $WAN"
     [ "$VIDEOS" ] || refuse "VIDEOS is missing: a folder of videos with captions, or a .csv or .jsonl list"
 elif [ "${QUICK:-}" ]; then
-    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=8
+    OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=9
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
     MAKE=${MAKE:-"--steps 2 --guidance 3 --shift 3 --batch 16"}
 else

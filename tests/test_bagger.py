@@ -69,7 +69,7 @@ def test_the_method_by_one_command(tmp_path):
     assert all(clips.load(i)["latents"].shape == (21, 16, 4, 4) for i in range(18))
     assert sum(1 for _ in (out / "agg_1/clips").iterdir()) == 6, "nothing was copied"
     summary = json.loads((out / "report/summary.json").read_text())
-    assert list(summary["mean"]) == ["DF", "R1", "frozen", "truth"] and len(summary["videos"]) == 32
+    assert list(summary["mean"]) == ["DF", "R1", "frozen", "truth"] and len(summary["videos"]) == 36
     assert (out / "report/report.html").exists() and (out / "rollout_0/preview.png").exists()
 
 

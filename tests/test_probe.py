@@ -35,7 +35,8 @@ def world(tmp_path_factory):
         data.write_clip(root / "agg_0", str(i), coder.encode(video)[0], torch.ones(4, 64), "a disc", "a.mp4")
     data.write_index(root / "agg_0", [{"id": str(i), "file": f"clips/{i}.safetensors", "kind": "seed"}
                                       for i in range(2)])
-    common.claim(Path(root / "agg_0", "meta.json"), {"latents": [21, 16, 4, 4], "wan": str(root / "wan")})
+    common.claim(Path(root / "agg_0", "meta.json"), {
+        "latents": [21, 16, 4, 4], "wan": str(root / "wan"), "vae": data.fingerprint(root / "wan", "vae")})
     data.write_text_embedding(root / "agg_0" / "empty.safetensors", torch.zeros(1, 64))
     model.save(tiny_model("eval"), root / "model")
     return root
