@@ -156,19 +156,22 @@ def guidance_branches(s: Sampling) -> list[tuple[bool, float, float]]:
 class History:
     """The frames of a window so far, in a KV cache that holds every branch of the guidance as one batch."""
 
-    def __init__(self, model, cache, text, branches):
-        self.model, self.cache, self.text = model, cache, text
+    def __init__(self, model, cache, text, branches, draw):
+        self.model, self.cache, self.text, self.draw = model, cache, text, draw
         self.shown = 0  # frames in the cache
         device = text.device
         self.levels = 1000.0 * torch.tensor([level for _, level, _ in branches], device=device)
+        self.noised = any(level for _, level, _ in branches)
         self.weights = torch.tensor([w for *_, w in branches], device=device).view(-1, 1, 1, 1, 1, 1)
 
-    def show(self, x, sizes, noise=None):
-        """Writes finished frames, chunks of these sizes, into every branch at that branch's noise level."""
+    def show(self, first, x, sizes):
+        """Writes finished frames, chunks of these sizes, into every branch at that branch's noise level. A
+        chunk's noise, drawn for its first frame, stays the same when a later window shows it."""
         t = self.levels.repeat_interleave(len(x))[:, None].expand(-1, x.shape[1])
         x = self.for_each(x)
-        if noise is not None:
-            x = add_noise(x, self.for_each(noise), t)
+        if self.noised:
+            noise = [self.draw("context", first + sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+            x = add_noise(x, self.for_each(torch.cat(noise, 1)), t)
         self.model(x, t, self.text, chunk=sizes, cache=self.cache, start=self.shown)
         self.shown += x.shape[1]
 
@@ -225,21 +228,14 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
         noise = [torch.randn(size, *shape, generator=rng(seed, name, i, first)) for i in ids]
         return torch.stack(noise).to(device)
 
-    def show(first, x, sizes):
-        noise = None
-        if any(level for _, level, _ in branches):  # a chunk's stays the same when a later window shows it
-            starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
-            noise = torch.cat([draw("context", *place) for place in zip(starts, sizes, strict=True)], 1)
-        history.show(x, sizes, noise)
-
-    history = History(model, cache, texts[0][1], branches)
+    history = History(model, cache, texts[0][1], branches, draw)
     origin = 0  # the window's first frame
     at = begin  # the chunk's first frame
     latest = torch.empty(batch, 0, *shape, device=device)
     if begin:
         latest = context.to(device, torch.float32)
         yield 0, latest
-        show(0, latest, leading_sizes(begin, chunk))
+        history.show(0, latest, leading_sizes(begin, chunk))
     while at < frames:
         size = min(chunk, frames - at)
         current = [rows for first, rows in texts if first <= at][-1]
@@ -249,15 +245,15 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
         elif at - origin + size > window:
             origin = at - keep
             latest = latest[:, -keep:]
-            history = History(model, cache, current, branches)
-            show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
+            history = History(model, cache, current, branches, draw)
+            history.show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
         x = SOLVERS[sampling.solver](history.velocity, draw("noise", at, size), sigmas,
                                      lambda i, at=at, size=size: draw(f"noise of step {i}", at, size))
         yield at, x
         latest = torch.cat([latest, x], 1)[:, -keep:]
         read = sink is not None or at + size + chunk - origin <= window  # if there is a next chunk
         if read and at + size < frames:
-            show(at, x, (size,))
+            history.show(at, x, (size,))
         at += size
 
 

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from worlds import call, call_text, relative
+from worlds import call, call_text, relative, teacher_forcing_is_a_rollout
 
 import model
 from common import UserError
@@ -284,15 +284,7 @@ def test_teacher_forcing_is_a_rollout_over_clean_history():
     x, text, t = inputs()
     clean = inputs(seed=2)[0]
     for sizes in ((3, 3, 3), (1, 3, 3, 2)):
-        parallel = net(x, t, text, chunk=sizes, clean=clean)
-        cache = net.new_cache(2, 9, 4, 6)
-        start = 0
-        for size in sizes:
-            part = slice(start, start + size)
-            v = net(x[:, part], t[:, part], text, chunk=(size,), cache=cache, start=start)
-            assert relative(parallel[:, part], v) < 1e-5
-            net(clean[:, part], torch.zeros(2, size), text, chunk=(size,), cache=cache, start=start)
-            start += size
+        parallel = teacher_forcing_is_a_rollout(net, x, t, text, clean, sizes)
     other = clean.clone()
     other[:, -2:] += 1  # the last chunk of history has no reader
     assert torch.equal(net(x, t, text, chunk=sizes, clean=other), parallel)
@@ -557,9 +549,10 @@ def test_loading_fp32_as_bf16_holds_little_more_than_bf16(tmp_path):
         shapes = {k: v.shape for k, v in model.WanModel(config).state_dict().items()}
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({k: torch.zeros(s) for k, s in shapes.items()}, path)
-    ratio = float(call_text(PEAK, tmp_path))
+    # 1.17 on an idle and on a busy machine, but 1.35 once: what the kernel maps beside only adds
+    ratio = min(float(call_text(PEAK, tmp_path)) for _ in range(2))
     print(f"peak while loading: {ratio:.2f} x the bf16 bytes")
-    assert ratio < 1.6, "1.1 mostly, 1.35 once on a busy machine; all in fp32 first would be 2 at least"
+    assert ratio < 1.25
 
 
 # ------------------------------------------------------------------------------------------- the script

@@ -15,7 +15,7 @@ from test_sink import SIZES, sharp
 from test_train import close_runs, config, flags_of, lines, same_run
 from test_train import run as run_training
 from torch.nn.attention.flex_attention import flex_attention
-from worlds import assert_close, call, refused, relative, run_stage, tiny_model
+from worlds import assert_close, call, refused, relative, run_stage, teacher_forcing_is_a_rollout, tiny_model
 
 import diffusion
 import model
@@ -239,16 +239,7 @@ def test_teacher_forcing_is_a_rollout_over_clean_history():
     x, text, t = inputs(frames=12)
     t = torch.linspace(100, 1000, 12).repeat(2, 1)
     clean = inputs(frames=12, seed=2)[0]
-    sizes = (1, 3, 3, 2, 3)
-    parallel = net(x, t, text, chunk=sizes, clean=clean)
-    cache = net.new_cache(2, 12, 4, 6)
-    start = 0
-    for size in sizes:
-        part = slice(start, start + size)
-        v = net(x[:, part], t[:, part], text, chunk=(size,), cache=cache, start=start)
-        assert relative(parallel[:, part], v) < 1e-5
-        net(clean[:, part], torch.zeros(2, size), text, chunk=(size,), cache=cache, start=start)
-        start += size
+    teacher_forcing_is_a_rollout(net, x, t, text, clean, (1, 3, 3, 2, 3))
 
 
 def test_checkpointing_and_compiled_blocks_keep_the_gradient():
