@@ -21,6 +21,7 @@ import torch
 
 import common
 import data
+import sources
 import t5
 import vae
 from common import UserError, print0
@@ -187,7 +188,8 @@ def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks):
         prompts = {new["id"]: new["prompt"] for new in entries}
         store.stage_texts(prompts, lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
     coder = vae.load(cfg.wan, ranks.device, dtype)
-    videos = {source.id: source.path for source in data.find_clips(cfg.paste_real)} if cfg.paste_real else {}
+    listed = sources.find_clips(cfg.paste_real) if cfg.paste_real else []
+    videos = {source.id: source.path for source in listed}
     with common.progress(len(todo), "clips", ranks) as bar:
         for j in todo:
             rollout = rollouts.load(j)

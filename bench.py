@@ -2,6 +2,7 @@
 
     python bench.py vae --width 32 --frames 33 --size 128x128      # the VAE against diffusers'
     python bench.py train --frames 81 --size 32x32                 # a training step against its bare passes
+    python bench.py modes --frames 81 --size 32x32                 # a training step by mode
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
     python bench.py history --frames 765 --size 192x192 --batch 1 --steps 1  # time by length of the past
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
@@ -30,11 +31,13 @@ import common
 import data
 import diffusion
 import eval_drift
+import locate
 import metrics
 import model
 import prepare
 import rollout
 import sample
+import sources
 import t5
 import train_df
 import vae
@@ -42,19 +45,20 @@ import vbench
 from common import UserError, positional, run
 
 MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32),
+          "wide": model.Config(dim=512, ffn_dim=2048, num_heads=4, num_layers=2, text_dim=64, text_len=32),
           "1.3B": model.Config()}
 
 
 @dataclass
 class Config:
     # What to measure; plan: the cost of a run of bagger.sh
-    what: Literal["vae", "train", "generate", "history", "plan"] = positional()
+    what: Literal["vae", "train", "modes", "generate", "history", "plan"] = positional()
     width: int = 32  # Base width of the VAE (vae); Wan2.1's is 96
-    model: Literal["toy", "1.3B"] = "toy"  # Size of the transformer; its weights are random
+    model: Literal[*MODELS] = "toy"  # Size of the transformer; its weights are random
     frames: int = 33  # Frames of a video, 4n+1
     size: str = "128x128"  # Size of a video, WIDTHxHEIGHT
     batch: int = 16  # Clips per training step, or videos generated at once (generate, history)
-    micro: int = 16  # Clips per forward and backward pass (train)
+    micro: int = 16  # Clips per forward and backward pass (train, modes)
     steps: int = 10  # Solver steps per chunk (generate, history)
     route: int = 5  # Past chunks that a query attends to where history is routed (history)
     sink: int = 1  # Chunks that stay in a rolling window (history)
@@ -85,8 +89,8 @@ def main(cfg: Config):
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else f"{cpu()}, {threads}"
     print(f"{name}, torch {torch.__version__}, {cfg.dtype}", flush=True)
-    benches = {"vae": bench_vae, "train": bench_train, "generate": bench_generate, "history": bench_history,
-               "plan": plan}
+    benches = {"vae": bench_vae, "train": bench_train, "modes": bench_modes, "generate": bench_generate,
+               "history": bench_history, "plan": plan}
     benches[cfg.what](cfg)
 
 
@@ -160,6 +164,7 @@ class Training(NamedTuple):
     clips: train_df.Samples
     state: train_df.State
     run: Callable  # one step
+    in_mode: Callable  # given a mode, one step of the same network in that mode
 
 
 @contextlib.contextmanager
@@ -180,13 +185,17 @@ def training(sizes: model.Config, latents, flags: train_df.Config):
         ranks = common.start_ranks(flags.device)
         stack.callback(dist.destroy_process_group)
         flags = replace(flags, data=str(folder), init=str(folder / "init"), out=str(folder / "model"),
-                        held_out=0, corrective_share=None, preview_every=0)
+                        held_out=0, corrective_share=None, preview_every=0, rf_warmup=0)
         flags = train_df.complete(flags, ranks)
         clips = train_df.Samples(flags)
         state = train_df.begin(flags, clips, ranks)
-        micro = common.ahead(clips.micro_batch, train_df.shares(flags, ranks, 0))
-        stack.callback(micro.close)
-        yield Training(flags, clips, state, lambda: train_df.train_step(flags, state, micro, 0, ranks))
+
+        def in_mode(mode):
+            changed = replace(flags, mode=mode)
+            micro = common.ahead(train_df.Samples(changed).micro_batch, train_df.shares(changed, ranks, 0))
+            stack.callback(micro.close)
+            return lambda: train_df.train_step(changed, state, micro, 0, ranks)
+        yield Training(flags, clips, state, in_mode(flags.mode), in_mode)
 
 
 def bench_train(cfg: Config):
@@ -194,7 +203,7 @@ def bench_train(cfg: Config):
     sizes = MODELS[cfg.model]
     flags = train_df.Config("", batch=cfg.batch, micro=cfg.micro, dtype=cfg.dtype, device=cfg.device,
                             ema=0.995 if cfg.model == "toy" else 0.0)  # as bagger.sh trains it
-    with training(sizes, latent_shape(cfg), flags) as (flags, clips, state, step):
+    with training(sizes, latent_shape(cfg), flags) as (flags, clips, state, step, _):
         batches = [clips.micro_batch((0, range(k, min(k + cfg.micro, cfg.batch)))).to(cfg.device)
                    for k in range(0, cfg.batch, cfg.micro)]
 
@@ -210,7 +219,7 @@ def bench_train(cfg: Config):
         for _ in range(cfg.soak):
             step()
         growth = (resident() - before) * 1000 / max(cfg.soak, 1)
-    flops = 3 * cfg.batch * model.forward_flops(sizes, clips.layout())
+    flops = cfg.batch * train_df.clip_flops(flags, clips, sizes)
     tokens = clips.layout()[-1][1]
     print(f"{cfg.model}, {cfg.batch} clips of {tokens:,} tokens, {cfg.micro} at a time: {ours:.3f} s a step, "
           f"bare {theirs:.3f} s, {ours / theirs:.2f}x")
@@ -219,6 +228,24 @@ def bench_train(cfg: Config):
           + (f", MFU {flops / ours / peak:.1%}" if peak else "")
           + f", {common.memory_used(torch.device(cfg.device)):.2f} GB at most, "
           f"{growth:+.2f} GB of main memory per 1,000 steps (over {cfg.soak})")
+
+
+def bench_modes(cfg: Config):
+    """Steps of train_df.py in each causal mode, which take turns, beside what their FLOPs let expect."""
+    sizes = MODELS[cfg.model]
+    flags = train_df.Config("", batch=cfg.batch, micro=cfg.micro, dtype=cfg.dtype, device=cfg.device)
+    modes = ("df", "tf", "rf")
+    with training(sizes, latent_shape(cfg), flags) as step:
+        times = alternate(cfg.repeats, cfg.device, *map(step.in_mode, modes))
+        samples = [train_df.Samples(replace(step.flags, mode=mode)) for mode in modes]
+    flops = [train_df.clip_flops(s.cfg, s, sizes) for s in samples]
+    tokens = samples[0].layout()[0][1]
+    print(f"{cfg.model}, {cfg.batch} clips of {cfg.frames} frames, {tokens} tokens a chunk, {cfg.micro} at a "
+          f"time; median of {cfg.repeats}\n\n"
+          "| mode | s a step | of df | by FLOPs |\n"
+          "|------|----------|-------|----------|")
+    for mode, seconds, count in zip(modes, times, flops, strict=True):
+        print(f"| {mode}   | {seconds:8.3f} | {seconds / times[0]:5.2f} | {count / flops[0]:8.2f} |")
 
 
 def resident() -> float:
@@ -301,7 +328,7 @@ class Run(NamedTuple):
     """A run of bagger.sh: the flags of its stages, and the sizes that follow from them."""
     wan: str
     listed: int  # number of videos
-    clips: list[data.Source]  # those that exist and have a caption
+    clips: list[sources.Source]  # those that exist and have a caption
     tokens: float  # mean number of tokens in a caption
     rounds: int
     rollouts: int  # per round
@@ -346,6 +373,7 @@ def plan(cfg: Config):
 def read_run(cfg: Config) -> Run:
     if not (cfg.wan and cfg.videos):
         raise UserError("bench.py plan needs --wan and --videos")
+    cfg = replace(cfg, wan=locate.local(cfg.wan, *locate.NETWORKS))
 
     def flags(config, given, *fixed):  # given is split at spaces, as bagger.sh does
         return common.parse_args(config, "", [*fixed, *given.split()])
@@ -353,9 +381,10 @@ def read_run(cfg: Config) -> Run:
     prepared = flags(prepare.Config, cfg.prepare, "--videos", cfg.videos, "--wan", cfg.wan, "--out", "agg_0")
     trained = flags(train_df.Config, cfg.train, "--data", "agg_0")
     rolled = flags(rollout.Config, cfg.rollout, "--model", "model_0")
+    trained = replace(trained, route=train_df.route_of(replace(trained, init=cfg.wan)))
     sampled = flags(sample.Config, cfg.sample, "--prompts", cfg.prompts, "--seconds", str(cfg.seconds))
 
-    listed = data.find_clips(cfg.videos, prepared.caption_key)
+    listed = sources.find_clips(cfg.videos, prepared.caption_key, prepared.root, prepared.where)
     clips = [source for source in listed if source.caption and source.path.is_file()]
     if not clips:
         raise UserError(f"{cfg.videos} lists {len(listed)} videos; none of them is there and has a caption")
@@ -372,6 +401,7 @@ def read_run(cfg: Config) -> Run:
     sizes = model.read_checkpoint(cfg.wan)[1]
     with torch.device("meta"):
         weights = sum(p.numel() for p in model.WanModel(sizes).parameters())
+    sampled = sample.in_window(sample.settle(sampled, {}), latents[0])
     videos = [sample.latent_frames(row.get("seconds", sampled.seconds), geometry.fps, coder, 0)
               for _, row in sample.read_prompts(sampled, {}) for _ in range(sampled.samples)]
     return Run(
@@ -524,8 +554,7 @@ def time_training(facts: Run) -> float:
         sizes = replace(sizes, num_layers=max(1, min(blocks, sizes.num_layers)))
     with training(sizes, facts.latents, replace(facts.train, batch=2 * micro, device=facts.device)) as step:
         [seconds] = alternate(3, facts.device, step.run)
-        whole, part = (model.forward_flops(c, step.clips.layout(), facts.train.route)
-                       for c in (facts.sizes, sizes))
+        whole, part = (train_df.clip_flops(step.flags, step.clips, c) for c in (facts.sizes, sizes))
     return seconds / (2 * micro) * whole / part
 
 

@@ -57,7 +57,7 @@ def parse_args(config: type, doc: str, argv: list[str] | None = None):
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "action": Several}
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -79,6 +79,14 @@ def parse_args(config: type, doc: str, argv: list[str] | None = None):
     cfg = config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     cfg.given = given.keys()
     return cfg
+
+
+class Several(argparse.Action):
+    """Collects the values of a flag that may be given several times, too."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
 
 
 def field_comments(config: type) -> dict[str, str]:
@@ -280,13 +288,17 @@ def fingerprint(*files) -> str:
 # how a safetensors file calls what we store, in the order in which it keeps them: the widest first
 DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
           torch.float16: "F16", torch.uint8: "U8"}
+READABLE = {name: dtype for dtype, name in DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "BOOL": torch.bool}
 
 
-def save_tensors(path, tensors: dict[str, torch.Tensor], **metadata):
+def save_tensors(path, tensors: dict[str, torch.Tensor], entries: dict[str, str] | None = None, **metadata):
     """A safetensors file, a tensor at a time and byte for byte as the library's, whose own writer leaves
-    temporary files of unknown names when it is killed. Metadata is one JSON entry."""
+    temporary files of unknown names when it is killed. Metadata is one JSON entry; entries: for other
+    programs, further ones."""
     names = sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
-    header, end = {"__metadata__": {"json": json.dumps(metadata, ensure_ascii=False)}}, 0
+    about = {"json": json.dumps(metadata, ensure_ascii=False)} | (entries or {})
+    header, end = {"__metadata__": about}, 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
@@ -318,15 +330,27 @@ def round_of(path) -> int | None:
 class Stored(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    dtype: torch.dtype | None = None  # on disk
 
 
 def weight_files(folder, stem: str) -> list[Path]:
-    """stem.safetensors, or the shards that stem.safetensors.index.json names, or nothing."""
-    index = Path(folder) / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        single = Path(folder) / f"{stem}.safetensors"
-        return [single] if single.exists() else []
-    files = [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    """stem.safetensors, or the shards that stem.safetensors.index.json names, or nothing. Without them a
+    variant of diffusers': stem.fp16.safetensors, or stem.safetensors.index.fp16.json."""
+    folder = Path(folder)
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    present = [folder / name for name in (index, single) if (folder / name).exists()][:1]
+    present = present or [*folder.glob(f"{stem}.safetensors.index.*.json")] or [
+        file for file in folder.glob(f"{stem}.*.safetensors") if not re.search(r"-of-\d+", file.name)]
+    if len(present) > 1:
+        names = ", ".join(sorted(file.name for file in present))
+        raise UserError(f"{folder} holds several variants: {names}\ngive the file to use, or add {single}")
+    if not present or present[0].suffix == ".safetensors":
+        return present
+    (index,) = present
+    try:
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} names no shards: it has no weight_map") from None
     for file in files:
         if not file.exists():
             raise UserError(f"{file} is missing; {index.name} lists {len(files)} shards. Download it again.")
@@ -347,19 +371,28 @@ def open_weights(*files) -> tuple[dict, dict]:
     for file in map(Path, files):
         if not file.exists():
             raise UserError(f"no such file: {file}")
+        with open(file, "rb") as f:
+            head = f.read(9)
+        if head.startswith(b"GGUF"):
+            raise UserError(f"{file} is a GGUF file, quantised for other programs; give the same model as "
+                            ".safetensors, in fp16, bf16 or scaled fp8")
         try:
-            if file.suffix == ".safetensors":
+            # by its content too: in Hugging Face's cache, what names link to has no suffix
+            if file.suffix in (".safetensors", ".sft") or head[8:] == b"{":
                 with safe_open(file, "pt") as f:
                     metadata |= json.loads((f.metadata() or {}).get("json", "{}"))
                     for k in f.keys():
-                        weights[k] = Stored(tuple(f.get_slice(k).get_shape()), Reader(file, k))
+                        part = f.get_slice(k)
+                        weights[k] = Stored(tuple(part.get_shape()), Reader(file, k),
+                                            READABLE.get(part.get_dtype()))
             else:  # only zip archives, the format since torch 1.6, can be mapped
                 weights |= as_stored(torch.load(file, map_location="cpu", weights_only=True,
                                                 mmap=zipfile.is_zipfile(file)))
         except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
             raise UserError(f"{file} is truncated, corrupt or no checkpoint: {first_line(error)}") from None
         except Exception as error:  # torch raises pickle.UnpicklingError, a bare Exception, for both reasons
-            raise UserError(f"{file} is corrupt, or holds more than tensors: {first_line(error)}") from None
+            raise UserError(f"{file} is corrupt, or holds more than tensors, such as code, which is not run; "
+                            f"give a .safetensors ({type(error).__name__})") from None
     return weights, metadata
 
 
@@ -374,7 +407,7 @@ class Reader(NamedTuple):
 
 
 def as_stored(values: dict) -> dict:
-    return {k: Stored(tuple(v.shape), lambda v=v: v) if isinstance(v, torch.Tensor) else
+    return {k: Stored(tuple(v.shape), lambda v=v: v, v.dtype) if isinstance(v, torch.Tensor) else
             as_stored(v) if isinstance(v, dict) else v for k, v in values.items()}
 
 

@@ -3,12 +3,10 @@
 import contextlib
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -28,8 +26,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 import common
-import t5
-import vae
+import locate
 from common import UserError, open_weights, read_json, replacing, rng, save_tensors
 
 
@@ -48,13 +45,53 @@ def to_float(video: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------
 # reading videos: all times are exact fractions of a second, counted from the first frame
 
+class Excerpt(NamedTuple):
+    """A video within a file: a range of its time, or a member of a tar. Stands wherever a path may."""
+    file: Path
+    start: float = 0.0  # seconds from the first frame
+    end: float | None = None  # None: to the end
+    member: str = ""  # its name
+    offset: int = 0  # of the member's first byte
+    size: int | None = None  # of the member; None: the whole file
+
+    @property
+    def name(self) -> str:
+        member = f"/{self.member}" if self.member else ""
+        times = f"{self.start:.12g} s to " + ("the end" if self.end is None else f"{self.end:.12g} s")
+        return self.file.name + member + (f" ({times})" if self.is_range else "")
+
+    def __str__(self):
+        return str(self.file.parent / self.name)
+
+    @property
+    def is_range(self) -> bool:
+        return self.start > 0 or self.end is not None
+
+    def is_file(self) -> bool:
+        return self.file.is_file()
+
+    def byte_count(self) -> int:
+        return self.file.stat().st_size if self.size is None else self.size
+
+    def url(self) -> str:
+        """What FFmpeg opens."""
+        if self.size is None:
+            return str(self.file)
+        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:{self.file}"
+
+
+def as_excerpt(path) -> Excerpt:
+    return path if isinstance(path, Excerpt) else Excerpt(Path(path))
+
+
 class Video(NamedTuple):
-    path: Path
+    path: Excerpt
     duration: Fraction  # of the video stream; the sound may be longer
     fps: Fraction  # on average
     width: int  # as displayed: upright, with square pixels
     height: int
-    first: int  # timestamp of the first frame
+    first: int  # timestamp of the file's first frame
+    begin: Fraction = Fraction(0)  # of a range: the time of its first frame
 
     @property
     def frames(self) -> int:
@@ -64,13 +101,13 @@ class Video(NamedTuple):
 @contextlib.contextmanager
 def opened(path):
     """Yields (container, its video stream). What PyAV cannot read becomes a UserError."""
-    path = Path(path)
+    path = as_excerpt(path)
     if not path.is_file():
-        raise UserError(f"{path} is a folder, not a video" if path.is_dir() else f"no such file: {path}")
-    if not path.stat().st_size:
+        raise UserError(f"{path} is a folder, not a video" if path.file.is_dir() else f"no such file: {path}")
+    if not path.byte_count():
         raise UserError(f"{path} is empty (0 bytes)")
     try:
-        with av.open(str(path)) as container:
+        with av.open(path.url()) as container:
             # a cover picture is listed as a video stream too
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
@@ -101,7 +138,23 @@ def probe(path) -> Video:
         width, height = shown_size(frame, stream)
         if turns(frame) % 2:
             width, height = height, width
-        return Video(Path(path), end(last, frame.pts, tick, fps), fps, width, height, frame.pts)
+        duration = end(last, frame.pts, tick, fps)
+        video = Video(as_excerpt(path), duration, fps, width, height, frame.pts)
+        return within(video, container, stream) if video.path.is_range else video
+
+
+def within(video: Video, container, stream) -> Video:
+    """A video limited to the range of its path, as if it was cut there: it starts with the first frame that
+    begins in the range, or at most 1 ms early, as times may be rounded."""
+    start = Fraction(video.path.start)
+    stop = video.duration if video.path.end is None else min(Fraction(video.path.end), video.duration)
+    if start >= stop:
+        raise UserError(f"{video.path} holds nothing: the video ends at {float(video.duration):.2f} s")
+    tick = stream.time_base
+    frames = decode_from(container, stream, video.first + math.floor(start / tick), video.first)
+    times = ((frame.pts - video.first) * tick for frame in frames)
+    begin = next((time for time in times if time >= start - Fraction(1, 1000)), stop)
+    return video._replace(begin=begin, duration=max(stop - begin, Fraction(0)))
 
 
 def end(shown, first: int, tick: Fraction, fps: Fraction) -> Fraction:
@@ -156,11 +209,14 @@ def read_frames(video: Video, fps=None, size=None, start: int = 0) -> Iterator[t
         tick = stream.time_base
         scaler = VideoReformatter()  # one for all frames: its setup costs more than scaling a small frame
         if fps is None:
+            assert not video.path.is_range, "a range needs an fps"
             yield from (fit(frame, stream, size, scaler) for frame in container.decode(stream))
             return
-        due = start / Fraction(fps)  # the time of the next frame to yield
+        due = video.begin + start / Fraction(fps)  # the time of the next frame to yield
         shown = None  # the frame on display
         frames = decode_from(container, stream, video.first + math.floor(due / tick), video.first)
+        stop = video.begin + video.duration
+        frames = itertools.takewhile(lambda frame: (frame.pts - video.first) * tick < stop, frames)
         for frame in itertools.chain(frames, [None]):
             if shown is not None:
                 if frame and frame.pts <= shown.pts:
@@ -309,54 +365,13 @@ def film_strip(path, rows: list[torch.Tensor], height: int | None = None, gap: i
 
 
 # ----------------------------------------------------------------------------------------------------
-# captions: clip.txt beside clip.mp4, or a metadata.jsonl / metadata.csv that lists both
+# lists of videos and of prompts; sources.py says which videos and captions they name
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-VIDEO_COLUMNS = ("file_name", "video", "path", "file_path")  # the last is MiraData's
-CAPTION_COLUMNS = ("caption", "text", "prompt", "dense_caption")
-
-
-class Source(NamedTuple):
-    id: str
-    path: Path
-    caption: str | None
-
-
-def find_clips(source, caption_key: str | None = None) -> list[Source]:
-    """The videos of a folder or of a .jsonl / .csv list, by id. Files are not opened and may be missing."""
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"no such folder: {source}")
-    tables = [source] if source.is_file() else [source / f"metadata{s}" for s in (".jsonl", ".csv")]
-    table = next((t for t in tables if t.exists()), None)
-    if caption_key and not table:
-        raise UserError(f"caption key {caption_key!r} needs a metadata.jsonl or metadata.csv in {source}")
-    listed = list_rows(table, caption_key) if table else list_folder(source)
-    folder = source if source.is_dir() else source.parent
-    clips = {}
-    for path, caption in listed:
-        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
-        clip = Source(clip_id(name), path, (caption or "").strip() or None)
-        if clip.id in clips:
-            raise UserError(f"{table or folder}: {name} is listed twice")
-        clips[clip.id] = clip
-    if not clips:
-        raise UserError(f"no videos in {source} ({' '.join(sorted(VIDEO_SUFFIXES))})")
-    if not any(clip.caption for clip in clips.values()):
-        raise UserError(f"none of the {len(clips)} videos in {source} has a caption: put clip.txt beside "
-                        "clip.mp4, or list both in metadata.jsonl or metadata.csv")
-    return [clips[id] for id in sorted(clips)]
-
-
-def clip_id(name: str) -> str:
-    """An id that is a valid file name, depends on the relative path alone and differs between paths."""
-    if re.fullmatch(r"\w[\w-]{,99}\.mp4", name, re.ASCII):
-        return name.removesuffix(".mp4")
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:60].strip("-")
-    return f"{slug}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
 
 
 def list_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(video, caption), the caption from clip.txt beside clip.mp4."""
     for path in folder.rglob("*"):
         # macOS writes ._clip.mp4 beside clip.mp4 on other file systems
         if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
@@ -364,35 +379,18 @@ def list_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, read_utf8(text) if text.exists() else None
 
 
-def list_rows(table: Path, caption_key: str | None) -> Iterator[tuple[Path, str | None]]:
-    for line, row in read_rows(table, '{"video": ..., "caption": ...}'):
-        video = first_of(row, VIDEO_COLUMNS)
-        if not isinstance(video, str):
-            raise UserError(f"{table}:{line}: no video; name it in one of {', '.join(VIDEO_COLUMNS)}")
-        if caption_key and caption_key not in row:
-            raise UserError(f"{table}:{line}: no {caption_key!r}; it has {', '.join(map(str, row))}")
-        caption = first_of(row, [caption_key] if caption_key else CAPTION_COLUMNS)
-        if not isinstance(caption, str | None):
-            raise UserError(f"{table}:{line}: a caption must be text, not {str(caption)[:40]}")
-        yield table.parent / video, caption
-
-
-def first_of(row: dict, columns):
-    return next((row[c] for c in columns if row.get(c)), None)
-
-
 def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a .csv with a header or a .jsonl, whose rows look like the example."""
-    lines = io.StringIO(read_utf8(table))
     if table.suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # the default refuses captions over 128 KB
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            yield from ((reader.line_num, row) for row in reader)
-        except csv.Error as error:
-            raise UserError(f"{table}:{reader.line_num}: {error}") from None
+        with open(table, encoding=encoding_of(table)) as lines:
+            reader = csv.DictReader(lines, strict=True)
+            try:
+                yield from ((reader.line_num, row) for row in reader if any(row.values()))
+            except csv.Error as error:
+                raise UserError(f"{table}:{reader.line_num}: {error}") from None
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.StringIO(read_utf8(table)), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
@@ -401,6 +399,18 @@ def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
             yield number, row
         elif line.strip():
             raise UserError(f"{table}:{number}: not {example} but {line.strip()[:40]}")
+
+
+def encoding_of(table: Path) -> str:
+    """That of a csv: UTF-8 if it can be that, else what Windows writes, or Latin-1."""
+    for encoding in ("utf-8-sig", "cp1252", "latin-1"):
+        try:
+            with open(table, encoding=encoding) as f:
+                if any("\0" in piece for piece in iter(lambda f=f: f.read(2**20), "")):
+                    raise UserError(f"{table} is UTF-16, or no text; save it as UTF-8")
+        except UnicodeDecodeError:
+            continue
+        return encoding
 
 
 def read_utf8(path: Path) -> str:
@@ -469,8 +479,7 @@ def read_seed_clip(path, id: str, geometry: Geometry, seed: int, frames: int | N
 
 def fingerprint(wan, network: str) -> str:
     """Identifies the weights of a Wan directory's VAE ("vae") or text encoder ("t5")."""
-    files = vae.find(Path(wan))[0] if network == "vae" else t5.find_weights(wan)
-    return common.fingerprint(*files)
+    return common.fingerprint(*locate.find(wan, network))
 
 
 def write_index(folder, entries: Iterable[dict]):
@@ -605,9 +614,10 @@ class Clips:
         return read_json(self.folder / "meta.json")
 
     def wan(self, given=None, networks=("vae",)) -> str:
-        """The Wan directory that made the clips, or the one given, which must hold the same networks."""
+        """The Wan directory that made the clips, there or moved beside them, or the one given; it must hold
+        the same networks."""
         meta = self.meta()
-        wan = given or meta["wan"]
+        wan = locate.local(given, *networks) if given else locate.named(meta["wan"], self.folder)
         for network in networks:
             if fingerprint(wan, network) != meta[network]:
                 raise UserError(f"{wan} has another {network} than {self.folder} was made with; give --wan "

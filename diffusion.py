@@ -52,13 +52,27 @@ def bell_weight(t, shift: float):
 # solvers: solve(velocity, x, sigmas, noise) -> x at the last level. velocity(x, sigma) asks the model, and
 # noise(i) is fresh noise for step i, for those that want it
 
+WAN_MAX = 0.9990000128746033  # 0.999 as a float32, which decides what t some levels are rounded down to
+
+
 def sigma_grid(steps: int, shift: float, solver: str = "euler") -> list[float]:
-    """steps + 1 levels from noise to clean. UniPC works with log-SNR, infinite at both ends: like diffusers,
-    it starts just below 1 and spaces its steps as if there were one more, at 1/1000."""
+    """steps + 1 levels from noise to clean. UniPC works with log-SNR, infinite at pure noise, so it starts
+    below: Wan2.1 (and Self-Forcing) at 0.999; diffusers at 1 - 1e-6, with a spacing that aims at 1/1000."""
     if solver == "unipc":
-        grid = [1 + i * (1 / 1000 - 1) / steps for i in range(steps)]
-        return [min(shifted(s, shift), 1 - 1e-6) for s in grid] + [0.0]
+        return [shifted(s, shift) for s in spaced(WAN_MAX, 0, steps)] + [0.0]
+    if solver == "unipc-diffusers":
+        return [min(shifted(s, shift), 1 - 1e-6) for s in spaced(1, 1 / 1000, steps)] + [0.0]
     return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
+
+
+def spaced(first: float, last: float, steps: int) -> list[float]:
+    """numpy.linspace to the bit, without its end."""
+    return [i * ((last - first) / steps) + first for i in range(steps)]
+
+
+def model_time(sigma: float, solver: str) -> float:
+    """The t that the model is told for a level: with UniPC a whole number, as in Wan2.1 and diffusers."""
+    return float(math.floor(1000 * sigma)) if solver.startswith("unipc") else 1000 * sigma
 
 
 def euler(velocity, x, sigmas, noise=None):
@@ -78,7 +92,8 @@ def heun(velocity, x, sigmas, noise=None):
 
 
 def renoise(velocity, x, sigmas, noise):
-    """The sampler of models distilled to a few steps: predict x0, then noise that to the next level."""
+    """The sampler of models distilled to a few steps (CausVid, Self-Forcing): predict x0, then noise that to
+    the next level."""
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         x0 = x - velocity(x, sigma) * sigma
         x = (1 - following) * x0 + following * noise(i) if following else x0
@@ -120,7 +135,7 @@ def unipc(velocity, x, sigmas, noise=None):
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "unipc": unipc, "renoise": renoise}
+SOLVERS = {"euler": euler, "heun": heun, "unipc": unipc, "unipc-diffusers": unipc, "renoise": renoise}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -136,6 +151,15 @@ class Sampling:
     context_noise: float = 0.0  # the noise level finished frames are shown at (sigma_test)
     history: float = 0.0  # weight of history guidance; 0 is none
     history_level: float = 0.8  # the noise level of its partly hidden history
+    levels: tuple[float, ...] = ()  # t of each step, if not by steps and shift
+
+
+# what Self-Forcing was distilled for: t = 1000, 750, 500, 250, which the shift makes 1000, 937.5, 833.3, 625
+DISTILLED = {"steps": 4, "shift": 5.0, "guidance": 1.0}
+
+
+def levels_of(s: Sampling) -> list[float]:
+    return [t / 1000 for t in s.levels] + [0.0] if s.levels else sigma_grid(s.steps, s.shift, s.solver)
 
 
 def guidance_branches(s: Sampling) -> list[tuple[bool, float, float]]:
@@ -154,11 +178,14 @@ def guidance_branches(s: Sampling) -> list[tuple[bool, float, float]]:
 
 
 class History:
-    """The frames of a window so far, in a KV cache that holds every branch of the guidance as one batch."""
+    """The frames of a window so far, in a KV cache that holds every branch of the guidance as one batch. The
+    cache is None where there is no past: with all frames at once."""
 
-    def __init__(self, model, cache, text, branches, draw):
+    def __init__(self, model, cache, text, sampling, draw):
         self.model, self.cache, self.text, self.draw = model, cache, text, draw
+        self.solver = sampling.solver
         self.shown = 0  # frames in the cache
+        branches = guidance_branches(sampling)
         device = text.device
         self.levels = 1000.0 * torch.tensor([level for _, level, _ in branches], device=device)
         self.noised = any(level for _, level, _ in branches)
@@ -178,7 +205,7 @@ class History:
     def velocity(self, x, sigma: float):
         """The guided velocity of the chunk that comes next."""
         (batch, size), branches = x.shape[:2], len(self.levels)
-        t = torch.full((branches * batch, size), 1000 * sigma, device=x.device)
+        t = torch.full((branches * batch, size), model_time(sigma, self.solver), device=x.device)
         v = self.model(self.for_each(x), t, self.text, chunk=(size,), cache=self.cache, start=self.shown)
         return (self.weights * v.unflatten(0, (branches, batch))).sum(0)
 
@@ -196,10 +223,10 @@ class History:
 
 @torch.no_grad()
 def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, context=None, seed: int = 0,
-             ids=None, chunk: int = 3, window: int = 21, keep: int = 12, reenter=None,
+             ids=None, chunk: int | None = 3, window: int = 21, keep: int = 12, reenter=None,
              sink: int | None = None):
     """Yields (first frame, latents [B, f, C, H, W]): the context if there is one, then chunk by chunk; each
-    sees those before it through the KV cache.
+    sees those before it through the KV cache. chunk None: bidirectionally, all frames at once.
 
     text      B embeddings [n, text_dim], or [(first latent frame, B embeddings), ...] in rising order: the
               text changes at the first window slide at or after that frame (with a sink: the first chunk)
@@ -221,14 +248,15 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
     check_plan(begin, frames, chunk, window, keep, sink)
     check_batch(batch, ids, context, null, branches)
     texts = [(first, branch_text(rows, null, branches).to(device)) for first, rows in schedule]
-    cache = model.new_cache(batch * len(branches), window, *shape[1:])
-    sigmas = sigma_grid(sampling.steps, sampling.shift, sampling.solver)
+    cache = None if chunk is None else model.new_cache(batch * len(branches), window, *shape[1:])
+    chunk = chunk or frames
+    sigmas = levels_of(sampling)
 
     def draw(name, first, size):  # [B, size, C, H, W], the same in any batch, on any rank and device
         noise = [torch.randn(size, *shape, generator=rng(seed, name, i, first)) for i in ids]
         return torch.stack(noise).to(device)
 
-    history = History(model, cache, texts[0][1], branches, draw)
+    history = History(model, cache, texts[0][1], sampling, draw)
     origin = 0  # the window's first frame
     at = begin  # the chunk's first frame
     latest = torch.empty(batch, 0, *shape, device=device)
@@ -237,24 +265,23 @@ def generate(model, text, null, sampling: Sampling, *, shape, frames: int = 21, 
         yield 0, latest
         history.show(0, latest, leading_sizes(begin, chunk))
     while at < frames:
-        size = min(chunk, frames - at)
         current = [rows for first, rows in texts if first <= at][-1]
         if sink is not None:
             history.text = current
-            history.roll(window - size, sink)
-        elif at - origin + size > window:
+            history.roll(window - chunk, sink)
+        elif at - origin + chunk > window:
             origin = at - keep
             latest = latest[:, -keep:]
-            history = History(model, cache, current, branches, draw)
+            history = History(model, cache, current, sampling, draw)
             history.show(origin, reenter(latest) if reenter else latest, chunk_sizes(keep, chunk))
-        x = SOLVERS[sampling.solver](history.velocity, draw("noise", at, size), sigmas,
-                                     lambda i, at=at, size=size: draw(f"noise of step {i}", at, size))
+        x = SOLVERS[sampling.solver](history.velocity, draw("noise", at, chunk), sigmas,
+                                     lambda i, at=at: draw(f"noise of step {i}", at, chunk))
         yield at, x
         latest = torch.cat([latest, x], 1)[:, -keep:]
-        read = sink is not None or at + size + chunk - origin <= window  # if there is a next chunk
-        if read and at + size < frames:
-            history.show(at, x, (size,))
-        at += size
+        read = sink is not None or at + 2 * chunk - origin <= window  # if there is a next chunk
+        if read and at + chunk < frames:
+            history.show(at, x, (chunk,))
+        at += chunk
 
 
 def branch_text(rows, null, branches):
@@ -276,7 +303,12 @@ def check_batch(batch: int, ids, context, null, branches):
         raise ValueError("guidance needs the embedding of the empty prompt")
 
 
-def check_plan(begin: int, frames: int, chunk: int, window: int, keep: int, sink: int | None = None):
+def check_plan(begin: int, frames: int, chunk: int | None, window: int, keep: int, sink: int | None = None):
+    if chunk is None:
+        if begin or sink is not None or not 0 < frames <= window:
+            raise UserError(f"{frames} latent frames after {begin}: made at once, all must be in the window "
+                            f"of {window}, with nothing before them and no sink")
+        return
     if begin > window - chunk:
         raise UserError(f"a context of {begin} latent frames leaves no room in a window of {window}; give at "
                         f"most {(window - chunk) // chunk * chunk}")

@@ -29,6 +29,7 @@ import torch
 
 import common
 import data
+import locate
 import metrics
 import probe
 import readings
@@ -132,7 +133,8 @@ def main(cfg: Config):
     clips, real = ([c for c in group if str(c.path) not in skipped] for group in (clips, real))
     require(clips, skipped)
     settings = probe.Settings(cfg.data, cfg.wan, cfg.held_out, cfg.clips, cfg.steps, cfg.guidance, cfg.shift)
-    probes = {path: probe.probe_once(path, settings, out / "scores", ranks) for path in cfg.model}
+    nets = {path: locate.local(path, "transformer") for path in cfg.model}
+    probes = {path: probe.probe_once(net, settings, out / "scores", ranks) for path, net in nets.items()}
     if ranks.rank == 0:
         summary = summarise(cfg, clips, real, shape)
         report.write(out, summary | {"missing": missing, "skipped": skipped, "probes": probes}, clips)

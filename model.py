@@ -1,6 +1,6 @@
 """The Wan2.1 text-to-video transformer, made block-causal: for training, with a KV cache, loaded and saved.
 
-    python model.py PATH          describes a checkpoint and checks that it is causal
+    python model.py PATH          describes a checkpoint and checks that it can run causally
 
     B batch, F latent frames, C latent channels, H W latent height and width, S tokens in a frame (H/2 * W/2),
     L = F * S tokens, N heads, D head dim. Latents are [B, F, C, H, W]; t is [B, F], from 0 (clean) to 1000
@@ -9,8 +9,8 @@
 A replacement for this network must provide what the rest of the project uses: of WanModel forward(x, t, text,
 chunk, clean, cache, start), new_cache, device, config (in_dim, text_dim, text_len) and route; for training
 also checkpointing, compile_blocks and blocks; roll of its cache; and of this file PATCH, load, save,
-read_checkpoint, settings, find_weights, chunk_sizes, pad_text, check_causal, causal_layout, teacher_layout,
-forward_flops and activation_bytes.
+read_checkpoint, settings, trained_causally, find_weights, chunk_sizes, pad_text, check_causal, causal_layout,
+teacher_layout, forward_flops and activation_bytes.
 
 Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
 and attention run in `compute`. Parameters of those products are stored in `dtype` (fp32 while training).
@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import common
+import locate
+import lora
 import routing
 from common import Stored, UserError
 from routing import visible
@@ -512,10 +514,10 @@ class Cache:
 # ----------------------------------------------------------------------------------------------------
 # checkpoints
 
-def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
-    """A model from a Wan, diffusers or model_k directory, a .safetensors file, or a Self-Forcing style .pt.
+def load(path, device="cpu", dtype=torch.float32, compute=None, loras=()) -> WanModel:
+    """A model from a Wan, diffusers, ComfyUI or model_k directory, or a file of weights.
     Matrix products are stored in dtype and computed in compute (default: dtype); the rest is fp32."""
-    weights, config = read_checkpoint(path)
+    weights, config = read_checkpoint(path, loras)
     with torch.device("meta"):
         model = WanModel(config, dtype, compute)
     model.route = settings(path).get("route")
@@ -523,45 +525,62 @@ def load(path, device="cpu", dtype=torch.float32, compute=None) -> WanModel:
 
 
 def find_weights(path) -> list[Path]:
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    for folder in (path, path / "transformer"):
-        if files := common.weight_files(folder, "diffusion_pytorch_model"):
-            return files
-    raise UserError(f"{path} holds no diffusion_pytorch_model.safetensors (or its .index.json), "
-                    "neither itself nor in transformer/")
+    """The files of a model; of a LoRA that train_df.py made, with those of the model that it changes."""
+    files = locate.find(path, "transformer")
+    base, loras = base_of(files[0])
+    return files + [lora.split(file)[0] for file in loras] + (find_weights(base) if base else [])
+
+
+def base_of(file: Path) -> tuple[str | None, list[str]]:
+    """The model that a LoRA of train_df.py changes, and the LoRAs that were merged into that before."""
+    about = locate.read_config(file.with_name("config.json")) if file.name == locate.ADAPTER else {}
+    if "base" not in about:
+        return None, []
+    base = locate.local(locate.named(about["base"], file.parent), "transformer")
+    if Path(base).resolve() == file.parent.resolve():
+        raise UserError(f"{file} is said to change itself; correct base in {file.with_name('config.json')}")
+    loras = [(locate.named(name, file.parent), strength) for name, strength in about.get("base_loras", ())]
+    return base, [f"{name}:{strength}" for name, strength in loras]
 
 
 def settings(path) -> dict:
     """The config.json beside a model's weights; train_df.py records there how the model was trained."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    file = folder / "config.json"
-    recorded = common.read_json(file) if file.exists() else {}
-    return recorded | ({"wan": str((folder / recorded["wan"]).resolve())} if "wan" in recorded else {})
+    recorded = locate.read_config(folder / "config.json")
+    return recorded | ({"wan": locate.wan_for(path, recorded["wan"])} if recorded.get("wan") else {})
 
 
-def read_checkpoint(path) -> tuple[dict[str, Stored], Config]:
-    files = find_weights(path)
-    weights, metadata = common.open_weights(*files)
-    weights = official_names(weights.get("generator_ema") or weights.get("generator") or weights)
-    file = files[0].with_name("config.json")
-    stated = common.read_json(file) if file.exists() else {}
-    stated = metadata.get("config") or stated
+def trained_causally(path) -> bool | None:
+    """Whether a checkpoint was trained chunk by chunk: train_df.py records its mode; Wan's own classes are
+    bidirectional. None: its files do not tell, as a .pt of Self-Forcing."""
+    file = find_weights(path)[0]
+    stated = common.open_weights(file)[1].get("config") or {}
+    if file.name.startswith(("diffusion_pytorch_model", locate.ADAPTER)):  # else it may be about another file
+        stated = locate.read_config(file.with_name("config.json")) or stated
+    if "mode" in stated or "wan" in stated:
+        return stated.get("mode") != "full"
+    published = {"WanModel": False, "WanTransformer3DModel": False, "CausalWanModel": True}
+    return published.get(stated.get("_class_name"))
+
+
+def read_checkpoint(path, loras=()) -> tuple[dict[str, Stored], Config]:
+    """({name: Stored}, sizes) of a model with LoRAs, each "FILE" or "FILE:STRENGTH", merged into it."""
+    files = locate.find(path, "transformer")
+    base, before = base_of(files[0])
+    if base:
+        weights, config = read_checkpoint(base, [*before, files[0]])
+    else:
+        weights, config = read_whole(path, files)
+    return lora.merge(weights, loras, rename_diffusers), config
+
+
+def read_whole(path, files) -> tuple[dict[str, Stored], Config]:
+    weights, metadata = locate.read(files, "transformer")
+    if any(".attn1." in key for key in weights):
+        weights = {rename_diffusers(key): value for key, value in weights.items()}
+    stated = metadata.get("config") or locate.read_config(files[0].with_name("config.json"))
     refuse_other_models(path, weights, stated)
     return weights, infer_config(path, weights, stated)
-
-
-def official_names(weights: dict) -> dict:
-    """Removes wrappers' prefixes and renames diffusers' tensors to Wan's names."""
-    renamed = {}
-    for key, value in weights.items():
-        key = re.sub(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.", "", key)
-        key = re.sub(r"^model\.(diffusion_model\.)?", "", key)
-        renamed[key] = value
-    if any(".attn1." in key for key in renamed):
-        renamed = {rename_diffusers(key): value for key, value in renamed.items()}
-    return renamed
 
 
 def rename_diffusers(key: str) -> str:
@@ -582,42 +601,57 @@ def rename_diffusers(key: str) -> str:
     return key
 
 
+RELATIVES = {  # what only they have, by a part of its name
+    "Fun-Control": ("ref_conv.", "control_adapter."), "S2V": ("audio_encoder.", "audio_proj."),
+    "Animate": ("face_adapter.", "motion_encoder."), "SkyReels-V2": ("fps_embedding.", "fps_projection.")}
+
+
 def refuse_other_models(path, weights: dict, stated: dict):
     """Refuses Wan's relatives: they hold the same blocks and more, and need inputs that this model lacks."""
     def has(*names):
         return any(name in key for key in weights for name in names)
 
-    patch = weights.get("patch_embedding.weight")
+    takes = weights["patch_embedding.weight"].shape[1]
+    gives = weights["head.head.weight"].shape[0] // PATCH**2 if has("head.head.weight") else takes
     kind = stated.get("model_type")
     if kind == "vace" or has("vace_"):
         name = "VACE"
     elif kind == "flf2v" or has("img_emb.emb_pos", "image_embedder.pos_embed"):
         name = "FLF2V (first and last frame to video)"
-    elif (kind == "i2v" or has("img_emb.", "image_embedder.", "k_img.", "add_k_proj")
-          or (patch and patch.shape[1] == 36)):
+    elif kind == "i2v" or has("img_emb.", "image_embedder.", "k_img.", "add_k_proj") or takes == 36:
         name = "I2V (image to video)"
+    elif kind == "ti2v" or (takes, gives) == (48, 48):
+        name = "Wan2.2-TI2V-5B"
+    elif takes != gives:
+        name = f"control (Fun and others: {takes} channels in, {gives} out)"
     else:
+        name = next((relative for relative, parts in RELATIVES.items() if has(*parts)), None)
+    if not name:
         return
-    raise UserError(f"{path} is a {name} checkpoint; only text-to-video (Wan2.1-T2V) loads here")
+    raise UserError(f"{path} is a {name} checkpoint; only text-to-video (Wan2.1-T2V) loads here:\n"
+                    f"{locate.DOWNLOAD}")
 
 
 def infer_config(path, weights: dict, stated: dict) -> Config:
-    """Sizes from config.json, in Wan's or diffusers' terms, and otherwise from the shapes of the tensors."""
+    """Sizes from the shapes of the tensors. What these do not tell comes from config.json, in Wan's terms or
+    diffusers', if that is of this model, and else is as in every published Wan."""
     def shape(name):
         if name not in weights:
-            raise UserError(f"{path} is not a Wan transformer: it has no {name}")
+            raise UserError(f"{path} is not a whole Wan transformer: it has no {name}")
         return weights[name].shape
 
     dim, in_dim = shape("patch_embedding.weight")[:2]
-    layers = [int(key.split(".")[1]) for key in weights if key.startswith("blocks.")]
+    layers = {int(key.split(".")[1]) for key in weights if re.match(r"blocks\.\d+\.", key)}
     sizes = {"dim": dim, "in_dim": in_dim, "out_dim": shape("head.head.weight")[0] // PATCH**2,
-             "ffn_dim": shape("blocks.0.ffn.0.weight")[0], "num_layers": max(layers) + 1,
+             "ffn_dim": shape("blocks.0.ffn.0.weight")[0], "num_layers": len(layers),
              "freq_dim": shape("time_embedding.0.weight")[1], "text_dim": shape("text_embedding.0.weight")[1]}
     theirs = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
     stated = {theirs.get(key, key): value for key, value in stated.items()}
-    if "attention_head_dim" in stated:
-        stated["dim"] = stated["num_heads"] * stated["attention_head_dim"]
-    sizes |= {f.name: stated[f.name] for f in fields(Config) if f.name in stated}
+    fits = all(stated.get(name, size) == size for name, size in sizes.items())
+    if fits and "attention_head_dim" in stated:
+        fits = stated.get("num_heads", 0) * stated["attention_head_dim"] == dim
+    untold = ("num_heads", "text_len", "eps")
+    sizes |= {name: stated[name] for name in untold if fits and isinstance(stated.get(name), int | float)}
     if "num_heads" not in sizes:
         if dim % 128:
             raise UserError(f"{path}: no config.json says how many heads a width of {dim} has")
@@ -625,16 +659,25 @@ def infer_config(path, weights: dict, stated: dict) -> Config:
     return Config(**sizes)
 
 
+COMFYUI_CAUSAL = {"transformer": {"causal_ar": True}}  # by which ComfyUI knows a model to sample by chunks
+
+
 def save(model: WanModel, folder, weights: dict | None = None, **extra):
     """Writes a directory in Wan's layout. weights: instead of the model's own (EMA, gathered shards).
-    extra: further entries of config.json."""
+    extra: further entries of config.json; with base, the model that they change, the weights are a LoRA's."""
     folder = Path(folder)
     config = asdict(model.config)
     weights = weights or model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     del config["text_dim"]  # official files leave it to the weights
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"} | config | extra
-    common.save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, config=config)
+    if "base" in extra:
+        weights = {f"diffusion_model.{name}": value for name, value in weights.items()}
+        common.save_tensors(folder / locate.ADAPTER, weights, config=config)
+    else:
+        causal = extra.get("mode", "full") != "full"
+        common.save_tensors(folder / "diffusion_pytorch_model.safetensors", weights,
+                            {"config": json.dumps(COMFYUI_CAUSAL)} if causal else None, config=config)
     common.write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -685,16 +728,19 @@ class Flags:
 
 
 def main(flags: Flags):
+    flags.path = locate.local(flags.path, "transformer")
     weights, c = read_checkpoint(flags.path)
     published = {(1536, 30): "Wan2.1-T2V-1.3B", (5120, 40): "Wan2.1-T2V-14B"}
     parameters = sum(math.prod(w.shape) for w in weights.values())
-    stored = sorted({str(w.read().dtype).removeprefix("torch.") for w in weights.values()})
+    stored = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     print(f"{published.get((c.dim, c.num_layers), 'a Wan of another size')}: {parameters:,} parameters in "
           f"{len(weights)} tensors, stored as {', '.join(stored)}")
     print(", ".join(f"{key} {value}" for key, value in asdict(c).items()))
     model = load(flags.path, flags.device, getattr(torch, flags.dtype))
     error = check_causal(model)
-    print(f"causal: yes; cached and parallel forwards agree to {error:.1e} ({flags.dtype}, {flags.device})")
+    trained = {True: "yes", False: "no", None: "unknown"}[trained_causally(flags.path)]
+    print(f"can run causally: yes; trained causally: {trained}")
+    print(f"cached and parallel forwards agree to {error:.1e} ({flags.dtype}, {flags.device})")
 
 
 if __name__ == "__main__":

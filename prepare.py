@@ -3,13 +3,16 @@
     python prepare.py --videos clips/ --wan Wan2.1-T2V-1.3B --out agg_0
     torchrun --nproc-per-node 8 prepare.py ...              the same on 8 GPUs
 
-Captions come from clip.txt beside clip.mp4, or from a metadata.jsonl or metadata.csv that lists both. Videos
-that cannot be used are skipped, and listed in skipped.txt with the reason. Killed and started again it
-continues.
+Captions come from clip.txt beside clip.mp4; from a metadata.jsonl, .csv or .parquet with the columns
+file_name (or video, path) and text (or caption, prompt), and, for a part of a longer video, start and end in
+seconds (or start_sec, end_sec, start_time, end_time); from MiraData's csv; or from tar shards with KEY.mp4
+beside KEY.txt or KEY.json. Videos that cannot be used are skipped, and listed in skipped.txt with the reason.
+Killed and started again it continues.
 """
 
 import functools
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +20,8 @@ import torch
 
 import common
 import data
+import locate
+import sources
 import t5
 import vae
 from common import UserError, print0
@@ -24,7 +29,8 @@ from common import UserError, print0
 
 @dataclass
 class Config:
-    videos: str  # Folder of videos with captions, or a .jsonl or .csv file that lists them
+    # Videos with captions: a folder, a list (.jsonl, .csv, .parquet) or tar shards, or several of these
+    videos: tuple[str, ...]
     wan: str  # Wan directory with the VAE, text encoder and tokenizer
     out: str  # Folder for the clips (agg_0)
     # Size WIDTHxHEIGHT that videos are resized and cropped to (default: from the Wan directory, or 832x480)
@@ -36,6 +42,11 @@ class Config:
     # Column of the list that holds the captions, such as dense_caption for MiraData (default: the first of
     # caption, text, prompt and dense_caption)
     caption_key: str | None = None
+    # Folders where the videos of a list are looked for, one after another (default: the folder of the list)
+    root: tuple[str, ...] = ()
+    # Rows of the list to use, by the values of columns: KEY=VALUE, or several with commas between; * in a
+    # VALUE stands for anything (default: all rows)
+    where: str | None = None
     seed: int = 0  # Seed of the position at which each clip is cut from its video
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -44,16 +55,40 @@ class Config:
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
+    cfg = replace(cfg, wan=locate.local(cfg.wan, "vae", "t5"))
     dtype = getattr(torch, common.for_device(cfg, ranks.device).dtype)
     geometry = data.geometry(cfg.wan, cfg.size, cfg.frames, cfg.fps)
-    sources = data.find_clips(cfg.videos, cfg.caption_key)
-    print0(f"{len(sources)} videos in {cfg.videos}; {geometry.frames} frames of {geometry.width}x"
+    listed = sources.find_clips(cfg.videos, cfg.caption_key, cfg.root, cfg.where)
+    print0(f"{len(listed)} videos in {' '.join(cfg.videos)}; {geometry.frames} frames of {geometry.width}x"
            f"{geometry.height} at {geometry.fps} fps each")
+    skipped = find_unusable(listed, cfg.out, ranks)
+    clips = [clip for clip in listed if clip.id not in skipped]
+    if not clips:
+        return refuse(skipped, ranks)
     store = data.Writer(cfg.out, ranks, describe(cfg, geometry))
     with store.keeping():
-        encode_captions(cfg, sources, store, ranks, dtype)
-        skipped = encode_videos(cfg, sources, geometry, store, ranks, dtype)
-        finish(sources, store, ranks, skipped)
+        encode_captions(cfg, clips, store, ranks, dtype)
+        skipped |= encode_videos(cfg, clips, geometry, store, ranks, dtype)
+        finish(listed, store, ranks, skipped)
+
+
+def find_unusable(listed, out, ranks) -> dict[str, str]:
+    """{id: reason} of the clips without a caption, and of those without a file that are not made yet."""
+    skipped = {}
+    for clip in listed[ranks.rank::ranks.world]:
+        if not clip.caption:
+            skipped[clip.id] = f"{clip.path}: no caption"
+        elif not clip.path.is_file() and not data.clip_file(out, clip.id).exists():
+            skipped[clip.id] = f"no such file: {clip.path}"
+    return dict(common.gathered(list(skipped.items()), ranks))
+
+
+def refuse(skipped, ranks) -> int:
+    """Says that there is nothing to encode. Returns the exit code."""
+    if ranks.rank == 0:
+        print(f"prepare.py: none of the {len(skipped)} videos can be used; the first of the reasons:\n"
+              f"{skipped[min(skipped)]}\n--root FOLDER says where the videos of a list are", file=sys.stderr)
+    return 2
 
 
 def describe(cfg, geometry) -> dict:
@@ -70,51 +105,54 @@ def describe(cfg, geometry) -> dict:
             "vae": data.fingerprint(cfg.wan, "vae"), "t5": data.fingerprint(cfg.wan, "t5")}
 
 
-def encode_captions(cfg, sources, store, ranks, dtype):
+def encode_captions(cfg, clips, store, ranks, dtype):
     load = functools.cache(lambda: t5.load(cfg.wan, ranks.device, dtype))
     empty = store.folder / "empty.safetensors"  # the prompt of guidance, and of clips that lose theirs
     if ranks.rank == 0 and not empty.exists():
         data.write_text_embedding(empty, load().encode([""])[0])
-    captions = {source.id: source.caption for source in sources if source.caption}
-    store.stage_texts(captions, load, "captions")
+    store.stage_texts({clip.id: clip.caption for clip in clips}, load, "captions")
 
 
-def encode_videos(cfg, sources, geometry, store, ranks, dtype) -> dict[str, str]:
+def encode_videos(cfg, clips, geometry, store, ranks, dtype) -> dict[str, str]:
     """Writes this rank's clips. Returns {id: reason} of those that cannot be used."""
-    def read(source):
+    def read(clip):
         try:
-            return data.read_seed_clip(source.path, source.id, geometry, cfg.seed)
+            return data.read_seed_clip(clip.path, clip.id, geometry, cfg.seed)
         except UserError as error:
             return str(error)
 
     coder = vae.load(cfg.wan, ranks.device, dtype)
-    mine = sources[ranks.rank::ranks.world]
-    skipped = {source.id: f"{source.path}: no caption" for source in mine if not source.caption}
-    todo = [source for source in mine if source.caption and not store.has(source.id)]
+    todo = [clip for clip in clips[ranks.rank::ranks.world] if not store.has(clip.id)]
+    skipped = {}
     with common.progress(len(todo), "clips", ranks) as bar:
-        for source, clip in common.ahead(read, todo):
-            if isinstance(clip, str):
-                skipped[source.id] = clip
+        for clip, pixels in common.ahead(read, todo):
+            if isinstance(pixels, str):
+                skipped[clip.id] = pixels
             else:
-                latents = coder.encode(data.to_float(clip[None].to(ranks.device)))[0]
-                text = store.staged_text(source.id)
-                store.write(source.id, latents, text, source.caption, source.path.name)
+                latents = coder.encode(data.to_float(pixels[None].to(ranks.device)))[0]
+                text = store.staged_text(clip.id)
+                store.write(clip.id, latents, text, clip.caption, clip.path.name)
             bar.update()
     return skipped
 
 
-def finish(sources, store, ranks, skipped):
+SHOWN = 20  # reasons on the screen; skipped.txt has them all
+
+
+def finish(listed, store, ranks, skipped):
     """Writes the index and skipped.txt."""
     skipped = dict(common.gathered(list(skipped.items()), ranks))
     reasons = [reason for _, reason in sorted(skipped.items())]
     listing = store.folder / "skipped.txt"
     if ranks.rank == 0:
         common.write_text(listing, "".join(f"{reason}\n" for reason in reasons))
-    store.finish(data.index_entry(s.id, s.caption, "seed", 0, s.path.name) for s in sources
-                 if s.id not in skipped)
-    for reason in reasons:
+    store.finish(data.index_entry(clip.id, clip.caption, "seed", 0, clip.path.name) for clip in listed
+                 if clip.id not in skipped)
+    for reason in reasons[:SHOWN]:
         print0(f"skipped: {reason}")
-    print0(f"{len(sources) - len(skipped)} clips in {store.folder}, {len(skipped)} skipped"
+    if len(reasons) > SHOWN:
+        print0(f"skipped: {len(reasons) - SHOWN} more")
+    print0(f"{len(listed) - len(skipped)} clips in {store.folder}, {len(skipped)} skipped"
            + (f" (listed in {listing})" if skipped else ""))
 
 

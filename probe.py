@@ -20,7 +20,7 @@ import vae
 from common import UserError
 from metrics import mean, sem
 
-VERSION = 2  # of the format and the definition of results on disk
+VERSION = 3  # of the format and the definition of results on disk
 LEVELS = (100, 300, 500, 700, 900)  # noise levels t
 CONTEXT = 12  # latent frames of context
 CHUNK = 3  # latent frames in a chunk
@@ -85,7 +85,15 @@ def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:
                         "--held-out")
     if store.meta()["latents"][0] < CONTEXT + CHUNK:
         raise UserError(f"{settings.data}: the probes need clips of at least {CONTEXT + CHUNK} latent frames")
+    if window_of(path) < CONTEXT + CHUNK:
+        raise UserError(f"{path} was trained on {window_of(path)} latent frames; the probes need at least "
+                        f"{CONTEXT + CHUNK}")
     return chosen
+
+
+def window_of(path: str) -> int:
+    """Latent frames that the model was trained on, of which it sees so many at once."""
+    return model.settings(path).get("window", 21)
 
 
 def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[int], ranks) -> dict:
@@ -98,7 +106,7 @@ def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[i
         for i in chosen[ranks.rank::ranks.world]:
             clip = store.load(i)
             x, text = (clip[k].float().to(ranks.device)[None] for k in ("latents", "text"))
-            inputs = (net, x, text, null, clip["id"], settings)
+            inputs = (net, x, text, null, clip["id"], settings, window_of(path))
             results.append((i, own_minus_real(*inputs), *recovery(coder, *inputs)))
             bar.update()
     _, gaps, real, continued = zip(*sorted(common.gathered(results, ranks)), strict=True)
@@ -116,14 +124,14 @@ def probe_model(path: str, settings: Settings, store: data.Clips, chosen: list[i
 
 
 @torch.no_grad()
-def own_minus_real(net, x, text, null, id: str, settings: Settings) -> list[list[float]]:
+def own_minus_real(net, x, text, null, id: str, settings: Settings, window: int) -> list[list[float]]:
     """Loss on the model's continuation of x's first chunk minus loss on x itself, for the first and the last
     chunk after it, at each of LEVELS. Each video is conditioned on its own past: if generated videos have the
     distribution of real ones, the losses are equal. Guidance or a coarse solver would bias the videos."""
-    x = x[:, :7 * CHUNK]  # one window: 7 chunks
+    x = x[:, :window // CHUNK * CHUNK]
     sampling = diffusion.Sampling(settings.steps, settings.shift, guidance=1.0, solver="unipc")
     chunks = diffusion.generate(net, [text[0]], null, sampling, shape=x.shape[2:], ids=[id],
-                                context=x[:, :CHUNK], frames=x.shape[1], chunk=CHUNK)
+                                context=x[:, :CHUNK], frames=x.shape[1], chunk=CHUNK, window=window)
     both = torch.cat([torch.cat([latents for _, latents in chunks], 1), x])
     noise = torch.randn(x.shape, generator=common.rng("gap", id)).to(x.device)
     gaps = []
@@ -142,7 +150,7 @@ def own_minus_real(net, x, text, null, id: str, settings: Settings) -> list[list
 
 
 @torch.no_grad()
-def recovery(coder, net, x, text, null, id: str, settings: Settings) -> tuple[list, list]:
+def recovery(coder, net, x, text, null, id: str, settings: Settings, window: int) -> tuple[list, list]:
     """STATISTICS of the chunks of the real clip, and of the chunks that follow its first 4 after each way of
     spoiling them."""
     video = coder.decode(x)
@@ -152,7 +160,8 @@ def recovery(coder, net, x, text, null, id: str, settings: Settings) -> tuple[li
     film = diffusion.Film(coder, keep=CONTEXT)
     chunks = [statistics(latents, film.show(latents)) for _, latents in diffusion.generate(
         net, [text[0]] * len(SPOILT), null, sampling, shape=x.shape[2:], ids=[id] * len(SPOILT),
-        context=spoilt, frames=CONTEXT + AHEAD * CHUNK, chunk=CHUNK, keep=CONTEXT, reenter=film.reenter)]
+        context=spoilt, frames=CONTEXT + AHEAD * CHUNK, chunk=CHUNK, window=window, keep=CONTEXT,
+        reenter=film.reenter)]
     ends = [coder.frame_count(f) for f in range(0, x.shape[1] + 1, CHUNK)]
     real = [statistics(z, video[:, a:b])[0]
             for z, a, b in zip(x.split(CHUNK, 1), ends[:-1], ends[1:], strict=True)]

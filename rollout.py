@@ -19,6 +19,8 @@ import torch.distributed as dist
 import common
 import data
 import diffusion
+import locate
+import lora
 import model
 import vae
 from common import UserError, print0
@@ -29,6 +31,7 @@ CHUNK = 3  # latent frames; a rollout begins with 9 real frames of video
 @dataclass
 class Config:
     model: str  # Folder of the model (model_k)
+    lora: tuple[str, ...] = ()  # LoRA files to merge into the model: FILE, or FILE:STRENGTH
     # Folder of clips (any agg_k), of which only seed clips are rolled out (default: agg_0 beside model_k)
     data: str | None = None
     out: str | None = None  # Folder for the rollouts (default: rollout_k beside model_k)
@@ -116,8 +119,10 @@ def roll_out(cfg: Config, net: model.WanModel, clips: list[dict], null: torch.Te
 def complete(cfg: Config, ranks) -> Config:
     """Fills in the defaults that depend on the model and the device."""
     round = common.round_of(cfg.model) or 0
-    held_out = model.settings(cfg.model).get("held_out", data.HELD_OUT)
+    net = locate.local(cfg.model, "transformer")
+    held_out = model.settings(net).get("held_out", data.HELD_OUT)
     return replace(common.for_device(cfg, ranks.device),
+                   model=net,
                    data=cfg.data or str(Path(cfg.model).parent / "agg_0"),
                    out=cfg.out or common.neighbour(cfg.model, "rollout", "out"),
                    round=round if cfg.round is None else cfg.round,
@@ -133,16 +138,22 @@ def check(cfg: Config, clips: data.Clips) -> str:
         raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
     if not Path(cfg.model).exists():
         raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
-    limits = model.read_checkpoint(cfg.model)[1]
+    limits = model.read_checkpoint(cfg.model, cfg.lora)[1]
+    if model.trained_causally(cfg.model) is False:
+        print0(f"warning: {cfg.model} was never trained to make videos chunk by chunk, as rollouts are made")
     frames, channels = clips.meta()["latents"][:2]
     if frames % CHUNK or frames < 2 * CHUNK:
         raise UserError(f"{cfg.data} has clips of {frames} latent frames; rollouts need multiples of "
                         f"{CHUNK}, at least {2 * CHUNK}: prepare.py --frames 81 makes 21")
+    trained = model.settings(cfg.model)
+    if frames > trained.get("window", frames):
+        raise UserError(f"{cfg.data} has clips of {frames} latent frames; {cfg.model} was trained on clips "
+                        f"of {trained['window']}, which is the longest that it rolls out")
     width = data.read_text_embedding(clips.empty_prompt()).shape[1]
     if (channels, width) != (limits.in_dim, limits.text_dim):
         raise UserError(f"{cfg.data} has latents of {channels} channels and text of width {width}; "
                         f"{cfg.model} takes {limits.in_dim} and {limits.text_dim}")
-    return clips.wan(cfg.wan or model.settings(cfg.model).get("wan"))
+    return clips.wan(cfg.wan or trained.get("wan"))
 
 
 def as_rollout(clip: dict, round: int) -> dict:
@@ -152,7 +163,8 @@ def as_rollout(clip: dict, round: int) -> dict:
 def describe(cfg, clips, count) -> dict:
     """How all rollouts of the store are made."""
     meta = clips.meta()
-    return {key: meta[key] for key in data.SHARED} | {
+    merged = {"lora": lora.fingerprint(cfg.lora)} if cfg.lora else {}
+    return {key: meta[key] for key in data.SHARED} | merged | {
         "wan": meta["wan"],
         "data": str(clips.folder.resolve()), "data_fingerprint": common.fingerprint(clips.index),
         "model": str(Path(cfg.model).resolve()),
@@ -164,7 +176,7 @@ def describe(cfg, clips, count) -> dict:
 
 def make(cfg, clips, index, todo, store, ranks):
     """Rolls out the batches of ids in todo. index: where each clip to continue is among clips."""
-    net = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype))
+    net = model.load(cfg.model, ranks.device, getattr(torch, cfg.dtype), loras=cfg.lora)
     if cfg.route is not None:
         net.route = cfg.route or None
     if cfg.compile:

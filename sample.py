@@ -5,6 +5,8 @@
     python sample.py --model model_1 --prompt "a cat sleeps | 20: it wakes up" --seconds 50
     python sample.py --model model_1 --prompt "a cat" --extend clip.mp4 --seconds 10
     python sample.py --model model_1 --prompt "a cat" --image first.png
+    python sample.py --model Wan2.1-T2V-1.3B --prompt "a cat"               all frames at once, as trained
+    python sample.py --model self_forcing_dmd.pt --wan Wan2.1-T2V-1.3B --prompt "a cat" --solver renoise
     python sample.py --like videos/0000-a-cat.mp4 --out again               repeats a video from its tags
     torchrun --nproc-per-node 8 sample.py ...                               shares the videos among 8 GPUs
 
@@ -22,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,6 +34,8 @@ import torch.distributed as dist
 import common
 import data
 import diffusion
+import locate
+import lora
 import model
 import t5
 import vae
@@ -38,12 +43,15 @@ from common import UserError, print0
 from prompts import read_prompts, texts_and_times
 
 CHUNK = 3  # latent frames
+KEEP = 12  # latent frames that begin the next window
 
 
 @dataclass
 class Config:
     model: str | None = None  # Folder of the model (model_k), a Wan directory, or a file of weights
-    # Wan directory with the VAE, text encoder and tokenizer (default: named in the model's config.json)
+    lora: tuple[str, ...] = ()  # LoRA files to merge into the model: FILE, or FILE:STRENGTH
+    # Wan directory with the VAE, text encoder and tokenizer (default: named in the model's config.json, or
+    # the model's own folder)
     wan: str | None = None
     # What to show. "a | b | c" changes the prompt at even intervals, "a | 10: b | 25.5: c" at these seconds
     # (precisely, where the window slides next; with --sink, at the next chunk)
@@ -62,25 +70,42 @@ class Config:
     seed: int = 0  # Seed of the noise
     samples: int = 1  # Videos per prompt, with the seeds --seed, --seed + 1, ...
     batch: int = 1  # Videos generated at once; changes them by rounding only
-    steps: int = 20  # Solver steps per chunk
-    guidance: float = 6.0  # Guidance scale towards the prompt; 1 is no guidance, and twice as fast
-    shift: float = 8.0  # Shift of the noise levels towards pure noise, as in training
-    solver: Literal[*diffusion.SOLVERS] = "euler"  # ODE solver
+    steps: int = 20  # Solver steps per chunk; with --solver renoise 4, unless given
+    # Guidance scale towards the prompt; 1 is no guidance, and twice as fast; with --solver renoise 1, unless
+    # given
+    guidance: float = 6.0
+    # Shift of the noise levels towards pure noise, as in training; with --solver renoise 5, unless given
+    shift: float = 8.0
+    # ODE solver. unipc steps at the noise levels of Wan2.1's and Self-Forcing's own code, unipc-diffusers at
+    # those of diffusers. renoise is for models distilled to a few steps, such as Self-Forcing's and
+    # CausVid's, which their files do not tell
+    solver: Literal[*diffusion.SOLVERS] = "euler"
+    # Noise levels t of the steps with --solver renoise, in place of --steps and --shift: 1000,757,522 for
+    # CausVid's 3-step model (its 4-step model takes --shift 8)
+    levels: str | None = None
+    # Make the video chunk by chunk, each behind those before it (default: as the model was trained)
+    causal: bool | None = None
+    # Make all frames at once, no more than --window, as the published Wan2.1 does (default: as the model was
+    # trained)
+    bidirectional: bool | None = None
     negative: str = ""  # Negative prompt, which guidance leads away from
     context_noise: float = 0.0  # Noise level at which the model sees finished frames (sigma_test), 0 to 1
     history_guidance: float = 0.0  # Weight of history guidance, 1.2 in the paper; 0: none
     history_level: float = 0.8  # Noise level of the partly hidden frames in history guidance, 0 to 1
-    window: int = 21  # Latent frames that the model sees at once
-    keep: int = 12  # Latent frames at the end of a window that begin the next one
+    # Latent frames that the model sees at once (default: as many as the clips that it was trained on have)
+    window: int | None = None
+    # Latent frames at the end of a window that begin the next one (default: 12, or what a smaller window can
+    # keep)
+    keep: int | None = None
     # Which of the --keep frames are decoded and encoded anew for the next window: the first, as if it were an
     # image, none (as-is), or all
     reentry: Literal["first", "as-is", "all"] = "first"
     # Chunks at the start that stay in view for ever, while the rest of the window rolls on chunk by chunk.
-    # Nothing is computed or encoded anew then: --keep and --reentry do not apply. 0: the whole window rolls
-    # (default: the window slides)
+    # Nothing is computed or encoded anew then: --keep and --reentry do not apply. 0: the whole window rolls;
+    # -1: the window slides (default: it slides, or as --like says)
     sink: int | None = None
     # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
-    # trained)
+    # trained, or as --like says)
     route: int | None = None
     crf: int = 18  # Quality of the h264 video; lower is better
     preset: str = "medium"  # Speed of the h264 encoder
@@ -93,7 +118,7 @@ class Config:
 
 # the flags that determine a video; its tags hold them, and --like reads them from there
 RECIPE = {f.name for f in dataclasses.fields(Config)} - {
-    "prompt", "prompts", "out", "like", "samples", "batch", "log_drift", "compile", "device"}
+    "prompt", "prompts", "out", "like", "samples", "batch", "bidirectional", "log_drift", "compile", "device"}
 
 
 class Job(NamedTuple):
@@ -109,10 +134,11 @@ def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
     before = read_recipe(cfg.like) if cfg.like else {}
     cfg = complete(cfg, before, ranks)
-    limits = model.read_checkpoint(cfg.model)[1]  # refuses files that are no model before anything is loaded
+    limits = model.read_checkpoint(cfg.model, cfg.lora)[1]  # refuses what is no model before loading anything
     dtype = getattr(torch, cfg.dtype)
     rows = read_prompts(cfg, before)
     coder = vae.load(cfg.wan, ranks.device, dtype)
+    cfg = in_window(cfg, trained_window(cfg, coder))
     jobs = plan(cfg, rows, coder)
     if before and before["fingerprint"] != jobs[0].tags["fingerprint"]:
         print0(f"warning: {cfg.model} is not the model that made {cfg.like}: the video will differ")
@@ -126,7 +152,7 @@ def main(cfg: Config):
         return
     # one large network at a time: the text encoder alone takes 11 GB
     encoded = encode_prompts(cfg, todo, limits, ranks.device, dtype)
-    net = model.load(cfg.model, ranks.device, dtype)
+    net = model.load(cfg.model, ranks.device, dtype, loras=cfg.lora)
     if cfg.route is not None:
         net.route = cfg.route or None
     if cfg.compile:
@@ -148,28 +174,98 @@ def read_recipe(like: str) -> dict:
 
 def complete(cfg: Config, before: dict, ranks) -> Config:
     """Fills in flags that are not given: from the recipe of --like, then defaults that depend on others."""
-    cfg = dataclasses.replace(cfg, **{k: before[k] for k in RECIPE & before.keys() - given(cfg)})
+    cfg = settle(cfg, before)
+    if cfg.model:
+        cfg = dataclasses.replace(cfg, model=locate.local(cfg.model, "transformer"))
     if cfg.model is None or not Path(cfg.model).exists():
         problem = f"--model {cfg.model} does not exist" if cfg.model else "no model"
         raise UserError(f"{problem}; give --model DIR, made by train_df.py or a download of Wan2.1:\n"
                         "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir DIR")
     if min(cfg.batch, cfg.samples, cfg.steps) < 1:
         raise UserError(f"--batch {cfg.batch} --samples {cfg.samples} --steps {cfg.steps}: at least 1 each")
+    read_levels(cfg)
     if (cfg.route or 0) < 0:
         raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
     if not (0 <= cfg.context_noise <= 1 and 0 <= cfg.history_level <= 1):
         raise UserError(f"--context-noise {cfg.context_noise:g} --history-level {cfg.history_level:g}: noise "
                         "levels are from 0 to 1")
     trained = model.settings(cfg.model)
-    wan = cfg.wan or trained.get("wan")
+    wan = locate.local(cfg.wan or trained.get("wan") or locate.wan_for(cfg.model) or "", "vae", "t5")
     if not wan:
         raise UserError(f"{cfg.model} names no Wan directory for VAE and text encoder; give --wan DIR")
+    cfg = dataclasses.replace(cfg, causal=is_causal(cfg))
     warn_of_untrained(cfg, trained)
     paths = {"model": cfg.model, "wan": wan, "extend": cfg.extend, "image": cfg.image}
     paths = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
     width, height, *_ = data.geometry(wan, cfg.size)
-    return dataclasses.replace(common.for_device(cfg, ranks.device), **paths, size=f"{width}x{height}",
-                               context=cfg.keep if cfg.context is None else cfg.context)
+    loras = tuple(f"{file.resolve()}:{strength}" for file, strength in map(lora.split, cfg.lora or ()))
+    return dataclasses.replace(common.for_device(cfg, ranks.device), **paths, lora=loras,
+                               size=f"{width}x{height}")
+
+
+def trained_window(cfg: Config, coder) -> int:
+    """The latent frames of the clips that a model was trained on: train_df.py records them. Other models are
+    taken to know the clips that their Wan directory is for."""
+    recorded = model.settings(cfg.model).get("window")
+    return recorded or coder.latent_count(data.geometry(cfg.wan).frames)
+
+
+def in_window(cfg: Config, trained: int) -> Config:
+    """Fills in --window, as long as the model was trained on, and what depends on it."""
+    window = trained if cfg.window is None else cfg.window
+    keep = max(0, min(KEEP, window // CHUNK * CHUNK - CHUNK)) if cfg.keep is None else cfg.keep
+    return dataclasses.replace(cfg, window=window, keep=keep,
+                               context=keep if cfg.context is None else cfg.context)
+
+
+def settle(cfg: Config, before: dict) -> Config:
+    """The flags that are given, then the recipe of --like, then what distilled models were made for."""
+    if cfg.bidirectional and cfg.causal:
+        raise UserError("--causal and --bidirectional are both given; choose one")
+    settled = given(cfg)
+    if cfg.bidirectional:
+        cfg = dataclasses.replace(cfg, causal=False)
+        settled.add("causal")
+    recipe = {k: before[k] for k in RECIPE & before.keys() - settled}
+    usual = diffusion.DISTILLED if recipe.get("solver", cfg.solver) == "renoise" else {}
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in (usual | recipe).items() if k not in settled})
+    return dataclasses.replace(cfg, sink=None if cfg.sink == -1 else cfg.sink)
+
+
+def read_levels(cfg: Config) -> tuple[float, ...]:
+    if cfg.levels is None:
+        return ()
+    try:
+        levels = [float(t) for t in cfg.levels.split(",")]
+    except ValueError:
+        levels = [math.nan]
+    falling = all(a > b for a, b in pairwise((*levels, 0)))  # not if one is nan
+    if cfg.solver != "renoise" or not falling or levels[0] > 1000:
+        raise UserError(f"--levels {cfg.levels} --solver {cfg.solver}: give numbers that fall from 1000 on, "
+                        "such as 1000,757,522, with --solver renoise")
+    return tuple(levels)
+
+
+def is_causal(cfg: Config) -> bool:
+    """Chunk by chunk, or else all frames at once: by the flags, or as the model was trained. Says so where
+    that is not plain, and refuses flags that need a past."""
+    trained = model.trained_causally(cfg.model)
+    causal = trained is not False if cfg.causal is None else cfg.causal
+    if trained is None and cfg.causal is None:
+        print0(f"{cfg.model} does not say how it was trained: it is sampled chunk by chunk (--bidirectional: "
+               "all frames at once; --solver renoise: if distilled to a few steps)")
+    elif trained is False and cfg.causal is None:
+        print0(f"{cfg.model} was never trained chunk by chunk: all frames are made at once (or use --causal)")
+    elif trained is False and causal:
+        print0(f"warning: {cfg.model} was never trained to make videos chunk by chunk")
+    elif trained and not causal:
+        print0(f"warning: {cfg.model} was never trained to make all frames at once")
+    past = {"image": cfg.image, "extend": cfg.extend, "sink": cfg.sink is not None, "route": cfg.route,
+            "context-noise": cfg.context_noise, "history-guidance": cfg.history_guidance}
+    if not causal and any(past.values()):
+        flags = ", ".join(f"--{name}" for name, used in past.items() if used)
+        raise UserError(f"{flags}: there is no past where all frames are made at once; give --causal")
+    return causal
 
 
 def warn_of_untrained(cfg: Config, trained: dict):
@@ -177,8 +273,6 @@ def warn_of_untrained(cfg: Config, trained: dict):
     mode = trained.get("mode")
     if cfg.image and not trained.get("image_first"):
         print0(f"warning: --image needs a model trained with --image-first; {cfg.model} does not say it was")
-    if mode == "full":
-        print0(f"warning: {cfg.model} was trained bidirectionally (--mode full), never chunk by chunk")
     if mode not in (None, "df", "full") and (cfg.context_noise or cfg.history_guidance):
         print0(f"warning: {cfg.model} was trained with --mode {mode} and has never seen a noisy past, which "
                "--context-noise and --history-guidance show it")
@@ -198,8 +292,9 @@ def plan(cfg: Config, rows, coder) -> list[Job]:
     width, height, _, fps = data.geometry(cfg.wan, cfg.size)
     if height % (2 * coder.space) or width % (2 * coder.space):
         raise UserError(f"size {cfg.size}: width and height must be multiples of {2 * coder.space}")
+    files = model.find_weights(cfg.model) + [file for file, _ in map(lora.split, cfg.lora)]
     recipe = {name: getattr(cfg, name) for name in sorted(RECIPE)} | {  # sorted: the order of a set varies
-        "fps": fps, "fingerprint": common.fingerprint(*model.find_weights(cfg.model)),
+        "fps": fps, "lora": list(cfg.lora) or None, "fingerprint": common.fingerprint(*files),
         "command": shlex.join(sys.argv)}
     jobs = {}
     for where, row in rows:
@@ -208,6 +303,8 @@ def plan(cfg: Config, rows, coder) -> list[Job]:
             raise UserError(f"{where}: --image and --extend are both given; a video begins with only one")
         begin = count_context(cfg, extend, coder, fps)
         seconds = row.get("seconds", cfg.seconds)
+        if begin and not cfg.causal:
+            raise UserError(f"{where}: all frames are made at once, and continue no video; give --causal")
         frames = count_frames(cfg, seconds, begin, coder, fps, where)
         texts, times = texts_and_times(row, seconds, where)
         starts = [coder.latent_count(round(t * fps)) for t in times]
@@ -244,19 +341,24 @@ def count_frames(cfg: Config, seconds, begin, coder, fps, where) -> int:
     """Latent frames of a video."""
     if not 0 < seconds < math.inf:
         raise UserError(f"{where}: {seconds:g} s is no length for a video")
-    frames = latent_frames(seconds, fps, coder, begin)
+    frames = latent_frames(seconds, fps, coder, begin, CHUNK if cfg.causal else 1)
+    if not cfg.causal and frames > cfg.window:
+        longest = coder.frame_count(cfg.window) / fps
+        raise UserError(f"{where}: {seconds:g} s are more than a window of {cfg.window} latent frames, "
+                        f"{longest:.2f} s, and all frames are made at once; change --seconds or --window, or "
+                        "give --causal")
     if frames <= begin:
         raise UserError(f"{where}: {seconds:g} s must be more than the {coder.frame_count(begin)} frames "
                         "that the video begins with")
-    diffusion.check_plan(begin, frames, CHUNK, cfg.window, cfg.keep, cfg.sink)
+    diffusion.check_plan(begin, frames, CHUNK if cfg.causal else None, cfg.window, cfg.keep, cfg.sink)
     return frames
 
 
-def latent_frames(seconds, fps, coder, begin) -> int:
+def latent_frames(seconds, fps, coder, begin, chunk=CHUNK) -> int:
     """The least number of whole chunks that cover so many seconds, after the one frame of an image if any."""
-    image = begin % CHUNK
+    image = begin % chunk
     covering = coder.latent_count(round(seconds * fps) + coder.time - 1)
-    return image + math.ceil((covering - image) / CHUNK) * CHUNK
+    return image + math.ceil((covering - image) / chunk) * chunk
 
 
 def check_starts(cfg, starts, begin, frames, coder, fps, where):
@@ -264,7 +366,7 @@ def check_starts(cfg, starts, begin, frames, coder, fps, where):
     a sink, where a chunk begins."""
     if cfg.sink is None:
         first = begin + (cfg.window - begin) // CHUNK * CHUNK
-        slides = range(first, frames, (cfg.window - cfg.keep) // CHUNK * CHUNK)
+        slides = range(first, frames, (cfg.window - cfg.keep) // CHUNK * CHUNK) if cfg.causal else ()
         changes = (0, *slides)
         places = ", ".join(f"{coder.frame_count(slide) / fps:.2f}" for slide in slides)
         when = f"the window slides, {f'at {places} s' if slides else 'never here'}"
@@ -318,7 +420,7 @@ def make(cfg: Config, jobs, net, coder, texts, bar):
     """Makes a batch of videos. Each chunk is decoded and written as soon as it is generated."""
     start = time.monotonic()
     context = torch.stack([read_context(job, coder) for job in jobs]) if jobs[0].begin else None
-    film = diffusion.Film(coder, cfg.keep, cfg.reentry if cfg.sink is None else "as-is")
+    film = diffusion.Film(coder, cfg.keep, cfg.reentry if cfg.causal and cfg.sink is None else "as-is")
     drift = []
     with contextlib.ExitStack() as files:
         writers = [None if finished(job) else files.enter_context(
@@ -362,12 +464,13 @@ def generate(cfg: Config, jobs, net, coder, texts, context, film):
         net, schedule, texts[cfg.negative], sampling(cfg), frames=jobs[0].frames,
         shape=(coder.z_dim, height // coder.space, width // coder.space), context=context,
         ids=[(job.tags["seed"], job.tags["id"]) for job in jobs],  # so that a batch may mix seeds
-        chunk=CHUNK, window=cfg.window, keep=cfg.keep, reenter=film.reenter, sink=cfg.sink)
+        chunk=CHUNK if cfg.causal else None, window=cfg.window, keep=cfg.keep, reenter=film.reenter,
+        sink=cfg.sink)
 
 
 def sampling(cfg: Config) -> diffusion.Sampling:
     return diffusion.Sampling(cfg.steps, cfg.shift, cfg.guidance, cfg.solver, cfg.context_noise,
-                              cfg.history_guidance, cfg.history_level)
+                              cfg.history_guidance, cfg.history_level, read_levels(cfg))
 
 
 if __name__ == "__main__":

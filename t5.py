@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, N heads, D head dim. Attributes are named as in the p
 
 import html
 import math
+import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -15,12 +16,17 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 
-from common import UserError, fill, first_line, open_weights, save_tensors, weight_files
+import locate
+from common import UserError, fill, first_line, save_tensors
+
+try:
+    import ftfy  # Wan's own cleaning of prompts, where it is installed
+except ImportError:
+    ftfy = None
 
 MAX_TOKENS = 512  # of a prompt, with its final eos, as Wan was trained
 MAX_DISTANCE = 128  # tokens at least this far apart share the last position bucket
 BATCH_TOKENS = 8192  # in one forward
-DOWNLOAD = "comes with Wan2.1: https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -123,36 +129,60 @@ TIDY |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(rang
 TIDY |= dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF, *range(0xFFF9, 0xFFFD)))
 
 
-def clean(prompt: str) -> str:
-    """Wan's cleaning of a prompt: ftfy, entities unescaped twice, runs of whitespace to one space.
+SPECIAL = re.compile("(</s>|<pad>|<unk>)")
 
-    Of ftfy it applies TIDY and NFC and repairs surrogates. Unlike ftfy it does not repair mojibake (text
-    decoded with a wrong charset), strip terminal escapes, or unescape entities more than twice."""
+
+def clean(prompt: str) -> str:
+    """Wan's cleaning of a prompt: ftfy, entities unescaped twice, runs of whitespace to one space."""
+    if ftfy:
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    else:
+        text = tidy(prompt)
+    return " ".join(text.split())
+
+
+def tidy(prompt: str) -> str:
+    """Of ftfy, TIDY and NFC, and surrogates repaired; then entities unescaped twice. Unlike ftfy it does not
+    repair mojibake (text decoded with a wrong charset), strip terminal escapes, or unescape a third time."""
     text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     text = html.unescape(html.unescape(text)).translate(TIDY)
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return unicodedata.normalize("NFC", text)
 
 
 def token_ids(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
-    return tokenizer.encode(clean(prompt))[:MAX_TOKENS - 1] + [tokenizer.eos_id()]
+    """At most MAX_TOKENS, the last of them eos. "</s>" and the like in a prompt are these tokens, as they are
+    to Wan's tokenizer, which is Hugging Face's."""
+    ids = []
+    for text in SPECIAL.split(clean(prompt)):
+        ids += [tokenizer.piece_to_id(text)] if SPECIAL.fullmatch(text) else tokenizer.encode(text)
+    return ids[:MAX_TOKENS - 1] + [tokenizer.eos_id()]
 
 
 def load_tokenizer(path) -> SentencePieceProcessor:
-    """The sentencepiece model beside the weights at path."""
+    """The sentencepiece model beside the weights at path, or in their file, where ComfyUI's have it."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     places = ("google/umt5-xxl", "tokenizer", ".", "../tokenizer")
     tried = [folder / place / "spiece.model" for place in places]
     file = next((file for file in tried if file.is_file()), None)
-    if file is None:
-        raise UserError(f"no tokenizer for {path}: tried {', '.join(map(str, tried))}\n"
-                        f"google/umt5-xxl/spiece.model {DOWNLOAD}")
+    if file:
+        content = file.read_bytes()
+    else:
+        file = find_weights(path)[0]
+        weights, _ = locate.read([file], "t5")
+        if "spiece_model" not in weights:
+            raise UserError(f"no tokenizer for {path}: tried {', '.join(map(str, tried))}, and spiece_model "
+                            f"in {file}\nhf download Wan-AI/Wan2.1-T2V-1.3B google/umt5-xxl/spiece.model "
+                            f"--local-dir {file.parent}")
+        content = weights["spiece_model"].read().numpy().tobytes()
     try:
-        tokenizer = SentencePieceProcessor(model_file=str(file))
+        tokenizer = SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(content)
+        tokenizer.vocab_size()
     except (RuntimeError, OSError) as error:
         raise UserError(f"{file} is not a sentencepiece model: {first_line(error)}") from None
     if (tokenizer.pad_id(), tokenizer.eos_id()) != (0, 1):
         raise UserError(f"{file} has pad id {tokenizer.pad_id()} and eos id {tokenizer.eos_id()}, umT5's has "
-                        f"0 and 1; that one {DOWNLOAD}")
+                        f"0 and 1; that one comes with Wan2.1:\n{locate.DOWNLOAD}")
     return tokenizer
 
 
@@ -183,7 +213,7 @@ class TextEncoder(NamedTuple):
 
 
 def load(path, device="cpu", dtype=torch.float32) -> TextEncoder:
-    """The encoder and tokenizer of a Wan or diffusers directory, a text_encoder/ folder, or a weight file."""
+    """The encoder and tokenizer of a Wan, diffusers or ComfyUI directory, or of a file of weights."""
     tokenizer = load_tokenizer(path)
     encoder = load_encoder(path, device, dtype)
     pieces = tokenizer.vocab_size()
@@ -198,7 +228,7 @@ def load_encoder(path, device="cpu", dtype=torch.float32) -> Encoder:
     if dtype == torch.float16:
         raise UserError("umT5 overflows in float16: use bfloat16 or float32")
     files = find_weights(path)
-    weights = official_names(open_weights(*files)[0])
+    weights = official_names(locate.read(files, "t5")[0])
     try:
         sizes = sizes_of(weights)
     except KeyError as error:
@@ -214,14 +244,7 @@ def save(encoder: Encoder, path):
 
 
 def find_weights(path) -> list[Path]:
-    path = Path(path)
-    for file in path, path / "models_t5_umt5-xxl-enc-bf16.pth", path / "t5.safetensors":
-        if file.is_file():
-            return [file]
-    if files := weight_files(path / "text_encoder", "model") or weight_files(path, "model"):
-        return files
-    raise UserError(f"no text encoder at {path}: no file, and no folder with t5.safetensors, text_encoder/,\n"
-                    f"model.safetensors or models_t5_umt5-xxl-enc-bf16.pth, which {DOWNLOAD}")
+    return locate.find(path, "t5")
 
 
 HF_NAMES = {
@@ -240,10 +263,11 @@ HF_NAMES = {
 
 
 def official_names(weights: dict) -> dict:
-    """Renames Hugging Face's tensors to Wan's names and drops the decoder of a full umT5, which Wan lacks."""
+    """Renames Hugging Face's tensors to Wan's names and drops what Wan's encoder lacks: the decoder of a full
+    umT5, and the tokenizer in ComfyUI's files."""
     renamed = {}
     for name, stored in weights.items():
-        if not name.startswith(("decoder.", "lm_head.")):
+        if not name.startswith(("decoder.", "lm_head.", "spiece_model")):
             for hf, wan in HF_NAMES.items():
                 name = name.replace(hf, wan)
             renamed[name] = stored

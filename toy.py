@@ -168,7 +168,8 @@ def make_wan(folder: Path, trained: bool = True):
     vae.save(vae.load(VAE_FILE), folder / "vae.safetensors")
     config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=2, text_dim=64, text_len=32)
     net = model.load(BASE_FILE) if trained else model.WanModel(config).init_weights("toy", BASE_SEED)
-    model.save(net, folder, geometry={"size": f"{SIZE}x{SIZE}", "frames": FRAMES, "fps": FPS})
+    model.save(net, folder, geometry={"size": f"{SIZE}x{SIZE}", "frames": FRAMES, "fps": FPS},
+               **{"mode": BASE_MODE} if trained else {})
 
 
 @torch.no_grad()
@@ -268,19 +269,20 @@ def held_out_psnr(network, clips: int = 8) -> float:
 # ----------------------------------------------------------------------------------------------------
 # the base model, which is shipped too: it is to the toy what Wan2.1 is to the paper, and takes an hour
 
-BASE_CLIPS, BASE_SEED, BASE_STEPS = 6000, 7, 14000
+BASE_CLIPS, BASE_SEED = 6000, 7
+# (steps, learning rate) of trainings of which each begins with the weights of the one before
+BASE_TRAININGS = (24000, 6e-3), (3000, 1e-3)
 # causal: of two bases of 8,000 steps, 900 steps of diffusion forcing bring the bidirectional one to a
 # held-out loss of 0.41, where the causal one begins at 0.34. Wan2.1 is bidirectional; 16,000 steps turn it
 BASE_MODE = "df"
-BASE_FLAGS = ("--batch 16 --micro 16 --lr 6e-3 --warmup 50 --beta2 0.99 --ema 0.998 --shift 3 "
+BASE_FLAGS = ("--batch 16 --micro 16 --warmup 50 --beta2 0.99 --ema 0.998 --shift 3 "
               "--log-every 100 --eval-every 1000 --save-every 1000 --preview-every 0")
 
 
 def train_base(folder: Path):
     """By the project's own stages: what they have done is not done again."""
     prepare_base(folder, range(BASE_CLIPS))
-    fit_base(folder, BASE_STEPS)
-    ship_base(folder / "model")
+    ship_base(fit_base(folder, BASE_TRAININGS))
 
 
 def prepare_base(folder: Path, which):
@@ -289,9 +291,14 @@ def prepare_base(folder: Path, which):
     run_stage("prepare.py", "--videos", folder / "videos", "--wan", folder / "wan", "--out", folder / "agg_0")
 
 
-def fit_base(folder: Path, steps: int):
-    run_stage("train_df.py", "--data", folder / "agg_0", "--init", folder / "wan", "--out", folder / "model",
-              "--mode", BASE_MODE, "--steps", steps, *BASE_FLAGS.split())
+def fit_base(folder: Path, trainings) -> list[Path]:
+    """The models' folders, the last of which is the base model."""
+    models = [folder / "wan"]
+    for n, (steps, lr) in enumerate(trainings):
+        models.append(folder / f"model_{n}")
+        run_stage("train_df.py", "--data", folder / "agg_0", "--init", models[-2], "--out", models[-1],
+                  "--mode", BASE_MODE, "--steps", steps, "--lr", lr, *BASE_FLAGS.split())
+    return models[1:]
 
 
 def run_stage(script: str, *arguments):
@@ -301,16 +308,17 @@ def run_stage(script: str, *arguments):
         raise common.UserError(f"{script} ended with status {status}; the same command goes on from there")
 
 
-def ship_base(trained: Path):
-    """Writes a model_k folder's weights into BASE_FILE, in bfloat16, with the losses of its training: means
+def ship_base(models: list[Path]):
+    """Writes the last model's weights into BASE_FILE, in bfloat16, with the losses of all trainings: means
     over each 100 steps."""
-    weights, config = model.read_checkpoint(trained)
-    recipe = model.settings(trained)
-    log = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in log if "loss" in line and line["step"] % 100 == 0]
+    weights, config = model.read_checkpoint(models[-1])
+    losses = []
+    for folder in models:
+        log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        losses += [line["loss"] for line in log if "loss" in line and line["step"] % 100 == 0]
     common.save_tensors(
         BASE_FILE, {name: stored.read().to(torch.bfloat16) for name, stored in weights.items()},
-        config=asdict(config), seed=BASE_SEED, clips=BASE_CLIPS, steps=recipe["step"], mode=recipe["mode"],
+        config=asdict(config), seed=BASE_SEED, clips=BASE_CLIPS, trainings=BASE_TRAININGS, mode=BASE_MODE,
         losses=losses)
 
 

@@ -4,7 +4,8 @@
     python train_df.py --data agg_0                             the same, in one process
 
 A seed clip carries loss on all its chunks. A corrective clip (a reversed rollout: drifted, then real) begins
-with 4 clean chunks without loss; the other 3 teach the way back from drift.
+with 4 clean chunks without loss; the others, 3 in a clip of 81 frames, teach the way back from drift. Clips
+may be of any length (prepare.py --frames 249), all of one; model_k then runs in windows of that length.
 
 Killed and started again by the same command, it goes on from its newest checkpoint, on any number of GPUs.
 What is trained at a step is a function of (seed, step) alone. model_k/ is a Wan directory when it is done.
@@ -30,6 +31,8 @@ import checkpoint
 import common
 import data
 import diffusion
+import locate
+import lora
 import model
 import vae
 from checkpoint import State, checkpoints, whole
@@ -46,6 +49,11 @@ class Config:
     # Weights to begin with: a Wan directory, another model_k, or a file (default: the Wan directory that made
     # the clips)
     init: str | None = None
+    # LoRA files to merge into --init before it is trained: FILE, or FILE:STRENGTH
+    lora: tuple[str, ...] = ()
+    # Train only a LoRA of this rank, of attention and feed-forward; --init stays as it is, in --dtype, and
+    # model_k holds the LoRA alone (default: all weights are trained)
+    lora_rank: int | None = None
     # Folder for model_k, its checkpoints, log.jsonl and preview/ (default: model_k beside agg_k)
     out: str | None = None
     # Wan directory whose VAE shows the previews (default: the one that made the clips)
@@ -72,7 +80,7 @@ class Config:
     # Share of corrective clips in training, 0 to 1 (default: their share of the data)
     corrective_share: float | None = None
     # How the loss is averaged. clip: over the latents of a clip that carry loss, then over clips; latent:
-    # over all latents alike, so that a corrective clip counts 9/21 of a seed clip
+    # over all latents alike, so that a corrective clip of 81 frames counts 9/21 of a seed clip
     loss_mean: Literal["clip", "latent"] = "clip"
     # Weight of the loss by noise level. bell: largest at 500, zero at 1000
     loss_weight: Literal["flat", "bell"] = "flat"
@@ -84,7 +92,7 @@ class Config:
     rf_shift: float = 0.6  # Mode rf: shift of the noise levels from which the past is resampled
     rf_steps: int = 1  # Mode rf: Euler steps from there to clean
     rf_warmup: int = 0  # Mode rf: steps of teacher forcing before the first resampling
-    # Past chunks that each token attends to, those that suit it best (default: all)
+    # Past chunks that each token attends to, those that suit it best; 0: all (default: as --init was trained)
     route: int | None = None
     seed: int = 0  # Seed of the order of clips, their noise, noise levels and dropped prompts
     log_every: int = 10  # Steps between lines of the log
@@ -99,7 +107,8 @@ class Config:
     # Recompute activations in the backward pass, to save memory (default: on a GPU)
     recompute: bool | None = None
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
-    # Number format of the matrix products; weights stay float32 (default: bfloat16 on a GPU, else float32)
+    # Number format of the matrix products; trained weights stay float32 (default: bfloat16 on a GPU, else
+    # float32)
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
 
@@ -141,7 +150,7 @@ def main(cfg: Config):
     if stop and not last:
         print0(f"stopped after step {step}; the same command goes on from there")
         return 128 + stop
-    export(cfg, state, ranks)
+    export(cfg, samples, state, ranks)
 
 
 def train_step(cfg, state, micro, step: int, ranks):
@@ -345,29 +354,38 @@ def shares(cfg, ranks, first: int):
 # setting up
 
 # what may differ when a run goes on: where, how fast and how far it runs, and what it shows
-CHANGEABLE = {"data", "init", "out", "wan", "steps", "micro", "log_every", "eval_every", "preview_every",
-              "previews", "guidance", "save_every", "keep", "skip_bad", "wandb", "recompute", "compile",
-              "device"}
+CHANGEABLE = {"data", "init", "lora", "out", "wan", "steps", "micro", "log_every", "eval_every",
+              "preview_every", "previews", "guidance", "save_every", "keep", "skip_bad", "wandb", "recompute",
+              "compile", "device"}
 
 
 def complete(cfg: Config, ranks) -> Config:
     """Fills in what depends on the device and the data."""
-    made_with = data.Clips(cfg.data).meta().get("wan", "")
+    clips = data.Clips(cfg.data)
+    made_with = locate.named(clips.meta().get("wan", ""), clips.folder)
     out = cfg.out or common.neighbour(cfg.data, "model", "out")
-    wan = str(Path(cfg.wan or made_with).resolve())
-    cfg = dataclasses.replace(cfg, init=cfg.init or made_with, out=out, wan=wan)
-    return common.for_device(cfg, ranks.device)
+    wan = str(Path(locate.local(cfg.wan or made_with, "vae")).resolve())
+    cfg = dataclasses.replace(cfg, init=locate.local(cfg.init or made_with, "transformer"), out=out, wan=wan)
+    return common.for_device(dataclasses.replace(cfg, route=route_of(cfg)), ranks.device)
+
+
+def route_of(cfg: Config) -> int | None:
+    """--route, or that of --init; None: all past chunks are attended to."""
+    if cfg.route is None and cfg.mode != "full":
+        return model.settings(cfg.init).get("route")
+    return cfg.route or None
 
 
 def check(cfg: Config, samples: Samples, ranks):
     """Refuses what cannot be trained, before anything large is loaded."""
-    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep", "rf_steps")
+    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep", "rf_steps",
+                *(["lora_rank"] if cfg.lora_rank is not None else []))
     for name in (*positive, "prefix", "held_out", "rf_warmup"):
         least = 1 if name in positive else 0
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
     if cfg.route is not None and (cfg.route < 1 or cfg.mode == "full"):
-        raise UserError(f"--route {cfg.route} --mode {cfg.mode}: it must be at least 1, and --mode full has "
+        raise UserError(f"--route {cfg.route} --mode {cfg.mode}: it must be at least 0, and --mode full has "
                         "no past chunks")
     for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
@@ -386,7 +404,7 @@ def check(cfg: Config, samples: Samples, ranks):
         except UserError as error:
             raise UserError(f"{error}\nPreviews need a VAE: give --wan DIR, or --preview-every 0") from None
     check_data(cfg, samples)
-    check_fit(cfg, samples, model.read_checkpoint(cfg.init)[1])
+    check_fit(cfg, samples, model.read_checkpoint(cfg.init, cfg.lora)[1])
 
 
 def check_data(cfg, samples):
@@ -422,7 +440,7 @@ def check_fit(cfg, samples, config):
 def finished(cfg, samples, ranks) -> bool:
     """Makes --out this run's own, or refuses it as another's. True: the run is complete."""
     recipe = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in CHANGEABLE}
-    recipe |= {"init": common.fingerprint(*model.find_weights(cfg.init)),
+    recipe |= {"init": common.fingerprint(*model.find_weights(cfg.init)), "lora": lora.fingerprint(cfg.lora),
                "data": common.fingerprint(samples.store.index)}
     if ranks.rank == 0:
         common.claim(Path(cfg.out, "run.json"), recipe, command=sys.argv, torch=torch.__version__)
@@ -434,7 +452,11 @@ def finished(cfg, samples, ranks) -> bool:
 
 def begin(cfg, samples, ranks) -> State:
     """The network, spread over the ranks, and its optimiser."""
-    net = model.load(cfg.init, ranks.device, torch.float32, getattr(torch, cfg.dtype)).train()
+    compute = getattr(torch, cfg.dtype)
+    net = model.load(cfg.init, ranks.device, compute if cfg.lora_rank else torch.float32, compute, cfg.lora)
+    net.train()
+    if cfg.lora_rank:
+        lora.attach(net, cfg.lora_rank, cfg.seed)
     net.checkpointing = cfg.recompute
     net.route = cfg.route
     shard(net, ranks)
@@ -442,7 +464,7 @@ def begin(cfg, samples, ranks) -> State:
         model.check_causal(net)
     if cfg.compile:
         net.compile_blocks()
-    weights = dict(net.named_parameters())
+    weights = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
     for p in weights.values():  # as the first step would make it, so that a checkpoint has where to load to
@@ -463,7 +485,7 @@ def shard(net, ranks):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def export(cfg, state, ranks):
+def export(cfg, samples, state, ranks):
     """model_k/ in official layout; config.json comes last and says that it is complete."""
     weights = {}
     for name, p in zip(state.weights, state.ema or state.weights.values(), strict=True):
@@ -471,9 +493,18 @@ def export(cfg, state, ranks):
         if ranks.rank == 0:
             weights[name] = full.cpu()
     if ranks.rank == 0:
-        model.save(state.net, cfg.out, weights, wan=cfg.wan, mode=cfg.mode, image_first=cfg.image_first,
-                   held_out=cfg.held_out, route=cfg.route, step=cfg.steps)
+        model.save(state.net, cfg.out, weights, wan=locate.portable(cfg.wan, cfg.out), mode=cfg.mode,
+                   image_first=cfg.image_first, held_out=cfg.held_out, route=cfg.route,
+                   window=samples.shape[0], step=cfg.steps, **changed_model(cfg))
         print(f"trained: {cfg.out}", flush=True)
+
+
+def changed_model(cfg) -> dict:
+    """For config.json: what a LoRA changes. Paths are relative to the folder, and whole weights name none."""
+    if not cfg.lora_rank:
+        return {}
+    loras = [(locate.portable(file, cfg.out), strength) for file, strength in map(lora.split, cfg.lora)]
+    return {"base": locate.portable(cfg.init, cfg.out), "base_loras": loras, "lora_rank": cfg.lora_rank}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -543,12 +574,26 @@ class Log:
                 "clips_per_second": round(cfg.batch / pace, 3),
                 "gigabytes": round(common.memory_used(ranks.device), 2)}
         if peak := common.peak_flops(ranks.device):
-            flops = 3 * model.forward_flops(state.net.config, self.samples.layout(), cfg.route)
-            flops *= cfg.batch / ranks.world
-            line["mfu"] = round(flops / pace / peak, 4)
+            flops = clip_flops(cfg, self.samples, state.net.config, step > cfg.rf_warmup)
+            line["mfu"] = round(flops * cfg.batch / ranks.world / pace / peak, 4)
         if skipped:
             line["skipped"] = int(skipped)
         self.write(line)
+
+
+def clip_flops(cfg, samples, config, resampling=True) -> int:
+    """FLOPs to train on a clip: a forward pass, twice as much for the backward pass and, in mode rf, what it
+    takes to resample the past."""
+    layout = samples.layout()
+    flops = 3 * model.forward_flops(config, layout, cfg.route)
+    if cfg.mode == "rf" and resampling and cfg.rf_history == "parallel":
+        flops += cfg.rf_steps * model.forward_flops(config, layout, cfg.route)
+    sizes = samples.sizes(None)
+    if cfg.mode == "rf" and resampling and cfg.rf_history == "ar" and len(sizes) > 1:
+        past = model.causal_layout(sizes[:-1], layout[0][1] // sizes[0])
+        # a chunk is denoised, and once more put into the cache
+        flops += (cfg.rf_steps + 1) * model.forward_flops(config, past, cfg.route)
+    return flops
 
 
 def as_text(line: dict, steps: int) -> str:
@@ -581,7 +626,9 @@ def print_setting(cfg, samples, state, ranks, resumed):
     per_weight = (20 if cfg.ema else 16) / ranks.world
     activations = cfg.micro * model.activation_bytes(state.net, samples.layout()[-1][1])
     what = "weights, gradients, moments and average" if cfg.ema else "weights, gradients, moments"
+    kept = sum(p.nbytes for p in state.net.parameters() if not p.requires_grad) / ranks.world
     print0(f"memory, by estimate: {size * per_weight / 1e9:.1f} GB for {what}, "
+           + (f"{kept / 1e9:.1f} GB for the model that stays as it is, " if kept else "") +
            f"{activations / 1e9:.1f} GB for activations")
     if resumed is not None:
         print0(f"going on from step {resumed}")
@@ -626,7 +673,7 @@ def preview(cfg, samples, state, step: int, ranks):
     folder = Path(cfg.out, "preview")
     folder.mkdir(parents=True, exist_ok=True)
     coder = vae.load(cfg.wan, ranks.device, getattr(torch, cfg.dtype))
-    chunk, window = (frames, 2 * frames) if cfg.mode == "full" else (CHUNK, frames)
+    chunk = None if cfg.mode == "full" else CHUNK
     sampling = diffusion.Sampling(shift=cfg.shift, guidance=cfg.guidance)
     with averaged(state) as net:
         for k in range(0, len(chosen), ranks.world):
@@ -634,7 +681,7 @@ def preview(cfg, samples, state, step: int, ranks):
             clip = samples.load(chosen[place])
             chunks = diffusion.generate(
                 net, [clip["text"].float()], samples.null, sampling, shape=shape, ids=[place], frames=frames,
-                chunk=chunk, window=window, keep=chunk)
+                chunk=chunk, window=frames, keep=CHUNK)
             latents = torch.cat([z for _, z in chunks], 1)
             if k + ranks.rank == place:  # else another rank makes it
                 video = data.to_uint8(coder.decode(latents.to(next(coder.parameters()).dtype))[0])

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, fill, open_weights, read_json, save_tensors, weight_files
+import locate
+from common import UserError, fill, save_tensors
 
 # mean and standard deviation of Wan2.1's latents by channel, which its own file does not hold
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -419,9 +420,9 @@ def check_finite(x, what):  # not for streams, where each check would make the C
 # files
 
 def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
-    """A VAE for inference from a Wan or diffusers directory, a Wan2.1_VAE.pth, or a file written by save."""
-    files, config = find(Path(path))
-    weights, metadata = open_weights(*files)
+    """A VAE for inference from a Wan, diffusers or ComfyUI directory, or a file of weights."""
+    files, config = find(path)
+    weights, metadata = locate.read(files, "vae")
     what = f"{files[0]} as a Wan2.1 VAE"
     if "encoder.conv_in.weight" in weights:
         blocks = {k.split(".")[4] for k in weights if k.startswith("decoder.up_blocks.0.resnets.")}
@@ -444,17 +445,10 @@ def save(vae: WanVAE, path: str | Path):
 
 
 def find(path):
-    """(weight files, diffusers config or {}) of the VAE at path, a file or a directory."""
-    if path.is_file():
-        return [path], {}
-    for name in ("vae.safetensors", "Wan2.1_VAE.pth"):
-        if (path / name).exists():
-            return [path / name], {}
-    for folder in (path / "vae", path):
-        if (folder / "config.json").exists() and (files := weight_files(folder, "diffusion_pytorch_model")):
-            return files, read_json(folder / "config.json")
-    raise UserError(f"no VAE in {path}: looked for vae.safetensors, Wan2.1_VAE.pth and "
-                    f"[vae/]diffusion_pytorch_model.safetensors with its config.json")
+    """(weight files, diffusers' config or {}) of the VAE at path, a file or a directory."""
+    files = locate.find(path, "vae")
+    diffusers = files[0].name.startswith("diffusion_pytorch_model")
+    return files, locate.read_config(files[0].with_name("config.json")) if diffusers else {}
 
 
 def sizes_of(weights, what) -> dict:
@@ -469,7 +463,8 @@ def sizes_of(weights, what) -> dict:
                 "blocks": blocks, "z_dim": weights["conv2.weight"].shape[0],
                 "temporal": tuple(f"encoder.downsamples.{i}.time_conv.weight" in weights for i in downs)}
     except (KeyError, IndexError):
-        raise UserError(f"{what}: its tensors are not those of one (Wan2.2's is another network)") from None
+        raise UserError(f"{what}: its tensors are not those of one, but of {locate.describe(weights)}"
+                        ) from None
 
 
 RENAMES = (  # diffusers -> official

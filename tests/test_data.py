@@ -1,13 +1,12 @@
 """Videos, captions, the clip store and the order of training, each against something counted by hand."""
 
-import csv
 import itertools
 import json
 import math
 import os
-import re
 import struct
 import sys
+import tarfile
 import time
 import tracemalloc
 import weakref
@@ -303,6 +302,95 @@ def test_cover_art_is_not_a_video(tmp_path):
         data.probe(tmp_path / "a.mp4")
 
 
+# --------------------------------------------------------------------------------- parts of larger files
+
+CUTS = [(0, 40), (37, 117), (48, 90), (100, 150)]
+
+
+@pytest.mark.parametrize("digits", [3, 12])
+@pytest.mark.parametrize("rate, fps", [(16, 16), (30, 30), (Fraction(24000, 1001), 23.97602398),
+                                       (Fraction(30000, 1001), 29.97)], ids=str)
+def test_a_range_has_the_frames_of_a_cut(tmp_path, rate, fps, digits):
+    """With times that are rounded to milliseconds, or follow from a rounded fps, as in lists of videos."""
+    whole = make(tmp_path / "whole.mp4", rate, 150)
+    for first, last in CUTS:
+        images = [numbered(n) for n in range(first, last)]
+        cut = data.probe(make(tmp_path / "cut.mp4", rate, images=images))
+        part = data.probe(data.Excerpt(whole, round(first / fps, digits), round(last / fps, digits)))
+        assert (part.begin, part.fps) == (first / Fraction(rate), rate)
+        assert part.duration == pytest.approx(float(cut.duration), abs=1e-3)
+        count = data.count_crops(cut, 9, 16)
+        assert data.count_crops(part, 9, 16) == count
+        for start in (0, count // 2, count - 1):
+            assert numbers(data.read_clip(part, 9, 16, start=start)) == \
+                numbers(data.read_clip(cut, 9, 16, start=start))
+
+
+@pytest.mark.parametrize("rate", [24, Fraction(30000, 1001)], ids=str)
+def test_a_range_of_a_file_whose_times_are_rounded(tmp_path, rate):
+    whole = make(tmp_path / "whole.mkv", rate, 150)
+    times = [Fraction(round(1000 * n / Fraction(rate)), 1000) for n in range(150)]
+    for first, last in CUTS:
+        part = data.probe(data.Excerpt(whole, float(first / rate), float(last / rate)))
+        for start in (0, 3):
+            expected = [first + n for n in shown(times[first:last], 9, 16, start, Fraction(1, 1000))]
+            assert numbers(data.read_clip(part, 9, 16, start=start)) == expected
+
+
+def test_a_range_decodes_no_more_than_it_needs(tmp_path, monkeypatch):
+    decoded = []
+    decode_from = data.decode_from
+    monkeypatch.setattr(data, "decode_from", lambda *a: (decoded.append(0) or f for f in decode_from(*a)))
+    part = data.probe(data.Excerpt(make(tmp_path / "a.mp4", 32, 200), 5.0, 6.0))
+    assert len(decoded) <= 12 + 1
+    decoded.clear()
+    assert numbers(torch.stack(list(data.read_frames(part, 16)))) == list(range(160, 192, 2))
+    assert len(decoded) <= 12 + 32 + 1
+
+
+def test_ranges_that_are_not_in_the_video(tmp_path):
+    path = make(tmp_path / "a.mp4", 16, 40)
+    assert numbers(data.read_clip(data.probe(data.Excerpt(path, 1.5)), 16, 16)) == list(range(24, 40))
+    assert data.probe(data.Excerpt(path, 1.5, 99.0)).duration == 1
+    between = data.probe(data.Excerpt(path, 1.51, 1.52))  # two frames are shown then, and none begins
+    with pytest.raises(common.UserError, match=r"a.mp4 \(1.51 s to 1.52 s\) is too short: .* it has 0.00 s"):
+        data.read_clip(between, 1, 16)
+    for start, end, times in ((2.5, 9.0, "2.5 s to 9 s"), (7.0, None, "7 s to the end"),
+                              (2.0, 1.0, "2 s to 1 s")):
+        with pytest.raises(common.UserError, match=f"a.mp4 .{times}. holds nothing: the video ends at 2.50"):
+            data.probe(data.Excerpt(path, start, end))
+    with pytest.raises(common.UserError, match=r"no such file: .*b.mp4 \(0 s to 1 s\)"):
+        data.probe(data.Excerpt(tmp_path / "b.mp4", 0.0, 1.0))
+
+
+def test_a_member_of_a_tar_is_read_in_place(tmp_path):
+    names = ["a.mp4", "b, c: d.mkv", "cut.mp4", "empty.mp4"]  # in the tar, bytes follow those of the cut one
+    for i, name in enumerate(names[:2]):
+        make(tmp_path / name, 16, images=[numbered(n + 100 * i) for n in range(60)])
+    data.write_video(tmp_path / "cut.mp4", numbered_tensor(0, 600), 16)
+    cut(tmp_path / "cut.mp4", 0.5)  # its table of contents comes first, and promises more than there is
+    (tmp_path / "empty.mp4").touch()
+    shard = tmp_path / "s, h\u00e4: d.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in names:
+            tar.add(tmp_path / name, name)
+        tar.add(__file__, "notes.txt")
+    for name in names:
+        (tmp_path / name).unlink()
+    with tarfile.open(shard) as tar:
+        members = {m.name: data.Excerpt(shard, member=m.name, offset=m.offset_data, size=m.size) for m in tar}
+    for i, name in enumerate(names[:2]):
+        video = data.probe(members[name])
+        assert (video.frames, video.path.name) == (60, f"{shard.name}/{name}")
+        assert numbers(read_video(video.path)) == list(range(100 * i, 100 * i + 60))
+        assert numbers(data.read_clip(video, 9, 16, start=40)) == list(range(100 * i + 40, 100 * i + 49))
+    part = data.probe(members["a.mp4"]._replace(start=1.0, end=2.0))
+    assert numbers(data.read_clip(part, 16, 16)) == list(range(16, 32))
+    for name, reason in (("cut.mp4", "is truncated"), ("empty.mp4", r"is empty \(0 bytes\)")):
+        with pytest.raises(common.UserError, match=f"{shard.name}/{name} {reason}"):
+            data.probe(members[name])
+
+
 # ------------------------------------------------------------------------------------------- videos out
 
 def test_float_and_uint8_are_inverse():
@@ -430,109 +518,6 @@ def test_film_strip_places_every_frame(tmp_path):
         expected[:20, 34 * column:34 * column + 30] = 10
         expected[24:44, 34 * column:34 * column + 30] = 0 if column < 2 else 255
     assert torch.equal(strip.int(), expected.expand(3, -1, -1).int())
-
-
-# --------------------------------------------------------------------------------------------- captions
-
-NAMES = ["plain.mp4", "plain.mov", "a/b.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4", "a'b\".MP4",
-         "gr\u00fcn/\u901f\u3044.mkv", "a.b.mp4", "x" * 150 + ".mp4", "x" * 151 + ".mp4",
-         "c.webm", "c.avi", "c.m4v", "-rf.mp4"]
-
-
-def put(folder, name, caption=None):
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return path
-
-
-def test_a_folder_of_clips_and_texts(tmp_path):
-    for name in NAMES:
-        put(tmp_path, name, f"  caption of {name.rsplit('.', 1)[0]}\n")
-    put(tmp_path, "bare.mp4")
-    put(tmp_path, "blank.mp4", " \n")
-    put(tmp_path, "long.mp4", "word " * 20_000)
-    put(tmp_path, "._plain.mp4", "not a clip")
-    put(tmp_path, "notes.txt")
-    (tmp_path / "folder.mp4").mkdir()
-    clips = data.find_clips(tmp_path)
-    expected = [tmp_path / name for name in [*NAMES, "bare.mp4", "blank.mp4", "long.mp4"]]
-    assert sorted(c.path for c in clips) == sorted(expected)
-    assert [c.id for c in clips] == sorted({c.id for c in clips})
-    for clip in clips:
-        assert re.fullmatch("[A-Za-z0-9_-]{1,100}", clip.id)
-    by_name = {c.path.relative_to(tmp_path).as_posix(): c for c in clips}
-    assert all(by_name[n].caption == f"caption of {n.rsplit('.', 1)[0]}" for n in NAMES)
-    assert by_name["plain.mp4"].id == "plain" and by_name["long.mp4"].caption == ("word " * 20_000).strip()
-    assert by_name["bare.mp4"].caption is None and by_name["blank.mp4"].caption is None
-    # an id is a matter of its own path only, not of the company
-    put(tmp_path / "other", "a/b.mp4", "x")
-    assert data.find_clips(tmp_path / "other")[0].id == by_name["a/b.mp4"].id
-
-
-@pytest.mark.parametrize("video", data.VIDEO_COLUMNS)
-@pytest.mark.parametrize("caption", data.CAPTION_COLUMNS)
-def test_lists_in_the_usual_words(tmp_path, video, caption):
-    put(tmp_path, "a.mp4")
-    absolute = put(tmp_path / "elsewhere", "b.mp4")
-    text = 'a, "quoted"\nname: na\u00efve\u2028\u901f\u3044'
-    rows = [{video: "a.mp4", caption: text}, {video: str(absolute), caption: "two"},
-            {video: "lost.mp4", caption: "x"}, {video: "bare.mp4", caption: ""}]
-    for suffix in ("jsonl", "csv"):
-        table = tmp_path / f"metadata.{suffix}"
-        with open(table, "w", encoding="utf-8", newline="") as f:
-            if suffix == "csv":
-                f.write("\ufeff")  # as Excel does
-                writer = csv.DictWriter(f, [video, caption])
-                writer.writeheader()
-                writer.writerows(rows)
-            else:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
-        clips = {c.path: c.caption for c in data.find_clips(tmp_path)}
-        assert clips == {tmp_path / "a.mp4": text, absolute: "two", tmp_path / "lost.mp4": "x",
-                         tmp_path / "bare.mp4": None}
-        assert data.find_clips(table) == data.find_clips(tmp_path)
-        table.unlink()
-
-
-def test_miradata(tmp_path):
-    header = "index,video_id,file_path,short_caption,dense_caption,background_caption\n"
-    row = '7,x,clips/7.mp4,a disc,"a red disc, seen from above",black\n'
-    (tmp_path / "metadata.csv").write_text(header + row)
-    assert data.find_clips(tmp_path)[0].caption == "a red disc, seen from above"
-    assert data.find_clips(tmp_path, "short_caption")[0].caption == "a disc"
-    with pytest.raises(common.UserError, match="metadata.csv:2: no 'nonsense'; it has index, video_id"):
-        data.find_clips(tmp_path, "nonsense")
-
-
-def test_bad_folders_and_lists(tmp_path):
-    def refused(reason, table=None, text=None, key=None):
-        folder = tmp_path / "d"
-        if table:
-            (folder / table).write_bytes(text)
-        with pytest.raises(common.UserError, match=reason):
-            data.find_clips(folder, key)
-        if table:
-            (folder / table).unlink()
-
-    refused("no such folder")
-    (tmp_path / "d").mkdir()
-    refused("no videos in")
-    put(tmp_path / "d", "a.mp4")
-    refused("none of the 1 videos in .* has a caption: put clip.txt")
-    refused("'dense' needs a metadata.jsonl or metadata.csv", key="dense")
-    refused("a.txt is not UTF-8", "a.txt", b"\xff\xfe\x00")
-    refused("metadata.jsonl:2: not valid JSON", "metadata.jsonl", b'{"video": "a.mp4", "text": "x"}\n{"vid\n')
-    refused("metadata.jsonl:1: not .* but 7", "metadata.jsonl", b"7\n")
-    refused("metadata.jsonl:1: no video; name it in one of file_name", "metadata.jsonl", b'{"text": "x"}\n')
-    refused("metadata.jsonl:1: a caption must be text", "metadata.jsonl", b'{"path": "a.mp4", "text": 7}\n')
-    refused("a.mp4 is listed twice", "metadata.jsonl", b'{"path": "a.mp4", "text": "x"}\n' * 2)
-    refused("metadata.csv:.: unexpected end", "metadata.csv", b'path,text\na.mp4,"never closed\n')
-    refused("metadata.csv is not UTF-8", "metadata.csv", b"path,text\na.mp4,\xe9t\xe9\n")
-    put(tmp_path / "d", "a.mp4", "a caption")
-    assert data.find_clips(tmp_path / "d")[0].caption == "a caption"
 
 
 # --------------------------------------------------------------------------------------- the clip store

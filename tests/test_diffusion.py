@@ -1,11 +1,12 @@
-"""Schedules and solvers against known answers and diffusers; generation against forwards without a cache."""
+"""Schedules and solvers against known answers, diffusers and Wan2.1; generation against forwards without a
+cache, and against diffusers' pipeline."""
 
 import itertools
+import math
 from dataclasses import fields
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
 from worlds import relative, tiny_model
 
 import diffusion
@@ -75,7 +76,7 @@ def solve(name, sigmas):
     return abs(diffusion.SOLVERS[name](field, x, sigmas, None).item() / spread(sigmas[-1]) - 1)
 
 
-@pytest.mark.parametrize("name,order", [("euler", 1), ("heun", 2), ("unipc", 2)])
+@pytest.mark.parametrize("name,order", [("euler", 1), ("heun", 2), ("unipc", 2), ("unipc-diffusers", 2)])
 def test_solvers_have_their_order(name, order):
     errors = [solve(name, torch.linspace(0.9, 0.1, steps + 1).tolist()) for steps in (20, 40, 80)]
     for coarse, fine in itertools.pairwise(errors):
@@ -83,13 +84,30 @@ def test_solvers_have_their_order(name, order):
     assert solve(name, diffusion.sigma_grid(20, 3.0, name)) < 0.2  # ends included
 
 
-@pytest.mark.parametrize("steps,shift", [(5, 1.0), (10, 3.0), (20, 8.0), (50, 5.0)])
-def test_unipc_is_diffusers_unipc(steps, shift):
-    peer = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
-                                   solver_order=2, solver_type="bh2")
+def diffusers_unipc(steps, shift):
+    diffusers = pytest.importorskip("diffusers")
+    peer = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                             flow_shift=shift, solver_order=2, solver_type="bh2")
     peer.set_timesteps(steps)
-    sigmas = diffusion.sigma_grid(steps, shift, "unipc")
-    assert peer.sigmas.tolist() == pytest.approx(sigmas, abs=1e-6)
+    return peer
+
+
+def wan_unipc(steps, shift):
+    """Wan2.1's own, of which Self-Forcing holds a copy: with PYTHONPATH=Wan2.1/wan/utils."""
+    peer = pytest.importorskip("fm_solvers_unipc").FlowUniPCMultistepScheduler(shift=1)
+    peer.set_timesteps(steps, shift=shift)
+    return peer
+
+
+PEERS = {"unipc": wan_unipc, "unipc-diffusers": diffusers_unipc}
+
+
+@pytest.mark.parametrize("solver", PEERS)
+@pytest.mark.parametrize("steps,shift", [(1, 5.0), (5, 1.0), (10, 3.0), (20, 8.0), (50, 5.0)])
+def test_unipc_is_its_peer(solver, steps, shift):
+    peer = PEERS[solver](steps, shift)
+    sigmas = diffusion.sigma_grid(steps, shift, solver)
+    assert peer.sigmas.tolist() == pytest.approx(sigmas, abs=1e-7)
     g = torch.Generator().manual_seed(0)
     x = theirs = torch.randn(2, 3, 4, generator=g)
     w = torch.randn(4, 4, generator=g) / 2
@@ -98,10 +116,67 @@ def test_unipc_is_diffusers_unipc(steps, shift):
     def field(x, sigma):
         return torch.tanh(x @ w + sigma) + x
 
-    ours = diffusion.unipc(lambda x, sigma: asked.append(x) or field(x, sigma), x, sigmas)
+    ours = diffusion.SOLVERS[solver](lambda x, sigma: asked.append(x) or field(x, sigma), x, sigmas)
     for i, following in enumerate([*asked[1:], ours]):
         theirs = peer.step(field(theirs, sigmas[i]), peer.timesteps[i], theirs).prev_sample
-        assert relative(following, theirs) < 1e-5, f"step {i}"
+        error = relative(following, theirs)
+        assert error < 1e-5, f"step {i}"
+    print(f"{solver}, {steps} steps, shift {shift:g}: relative difference {error:.1e}")
+
+
+@pytest.mark.parametrize("solver", PEERS)
+def test_unipc_rounds_t_down_as_its_peer(solver):
+    """All of them, where 1000 sigma is an integer too: there the last bit decides."""
+    for steps, shift in itertools.product((*range(1, 61), 100, 333), (1.0, 3.0, 5.0, 8.0)):
+        sigmas = diffusion.sigma_grid(steps, shift, solver)[:-1]
+        expected = PEERS[solver](steps, shift).timesteps.tolist()
+        assert [diffusion.model_time(sigma, solver) for sigma in sigmas] == expected, (steps, shift)
+
+
+def test_unipc_by_hand():
+    """Wan's levels and t, and a step of each order with its correction, from the paper's linear systems."""
+    sigmas = diffusion.sigma_grid(50, 5.0, "unipc")
+    t = [diffusion.model_time(sigma, "unipc") for sigma in sigmas]
+    assert t[:5] == [999, 995, 991, 987, 982] and t[-5:] == [302, 241, 172, 92, 0]
+    ninths = [diffusion.model_time(sigma, "unipc") for sigma in diffusion.sigma_grid(9, 1.0, "unipc")]
+    assert ninths == list(range(999, -1, -111)), "their 0.999 is a float32, a little more"
+    assert diffusion.sigma_grid(2, 1.0, "unipc") == pytest.approx([0.999, 0.4995, 0])
+    assert diffusion.sigma_grid(2, 1.0, "unipc-diffusers") == pytest.approx([1 - 1e-6, 0.5005, 0])
+    assert diffusion.model_time(0.9375, "renoise") == diffusion.model_time(0.9375, "euler") == 937.5
+
+    s = diffusion.sigma_grid(4, 3.0, "unipc")
+    logsnr = [math.log((1 - sigma) / sigma) for sigma in s[:-1]]
+    x = start = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m, corrected = [], []
+
+    def multistep(i, coefficients, differences):  # from level i to i + 1
+        e = math.expm1(logsnr[i] - logsnr[i + 1])
+        slope = sum(c * d for c, d in zip(coefficients, differences, strict=True))
+        return s[i + 1] / s[i] * corrected[i] - (1 - s[i + 1]) * e * (m[i] + slope)
+
+    for i in range(4):
+        m.append(x - s[i] * (torch.sin(x) + s[i]))
+        if i == 0:
+            corrected.append(x)
+        elif i == 1:
+            corrected.append(multistep(0, [0.5], [m[1] - m[0]]))
+        else:
+            h = logsnr[i] - logsnr[i - 1]
+            r = (logsnr[i - 2] - logsnr[i - 1]) / h
+            phi = math.expm1(-h) / -h - 1
+            b = torch.tensor([phi, 2 * (phi / -h - 0.5)], dtype=torch.float64) / math.expm1(-h)
+            system = torch.tensor([[1, 1], [r, 1]], dtype=torch.float64)
+            rho = torch.linalg.solve(system, b).tolist()
+            corrected.append(multistep(i - 1, rho, [(m[i - 2] - m[i - 1]) / r, m[i] - m[i - 1]]))
+        if i == 3:
+            x = m[3]
+        elif i == 0:
+            x = multistep(0, [], [])
+        else:
+            r = (logsnr[i - 1] - logsnr[i]) / (logsnr[i + 1] - logsnr[i])
+            x = multistep(i, [0.5], [(m[i - 1] - m[i]) / r])
+    made = diffusion.unipc(lambda x, sigma: torch.sin(x) + sigma, start, s)
+    assert relative(made, x) < 1e-12
 
 
 def test_renoising_by_hand():
@@ -115,6 +190,33 @@ def test_renoising_by_hand():
         x0 = x - sigma * (torch.sin(x) + sigma)
         x = x0 if i == 3 else (1 - following) * x0 + following * fresh[i]
     assert torch.equal(made, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given,times", [
+    ({}, (1000.0, 937.5, 833.3333, 625.0)), ({"levels": (1000.0, 757.0, 522.0)}, (1000.0, 757.0, 522.0))])
+def test_distilled_models_by_hand(net, given, times):
+    """Self-Forcing's loop, without a cache: no guidance, each chunk behind the finished ones at t = 0. Its t
+    are given, or follow from the steps and the shift."""
+    sampling = diffusion.Sampling(**diffusion.DISTILLED | given, solver="renoise")
+    text = prompts(1)
+    made = torch.cat([z for _, z in diffusion.generate(net, text, None, sampling, shape=SHAPE, frames=9)], 1)
+    done = torch.empty(1, 0, *SHAPE)
+    for at in (0, 3, 6):
+        x = drawn("noise", 0, at)
+        for i, t in enumerate(times):
+            past = torch.tensor([[0.0] * at + [t] * 3])
+            v = net(torch.cat([done, x], 1), past, text[0][None], chunk=3)[:, at:]
+            x0 = x - t / 1000 * v
+            if i < len(times) - 1:
+                sigma = times[i + 1] / 1000
+                x = (1 - sigma) * x0 + sigma * drawn(f"noise of step {i}", 0, at)
+        done = torch.cat([done, x0], 1)
+    assert relative(made, done) < 1e-5
+
+
+def drawn(name, id, first, size=3):
+    return torch.randn(size, *SHAPE, generator=diffusion.rng(0, name, id, first))[None]
 
 
 def test_renoising_draws_by_names(net):
@@ -219,6 +321,77 @@ def test_cached_generation_is_generation_without_a_cache(net):
     assert relative(made, without_cache(net, text, 7, 3, 6.0, image, sizes=(1, 3, 3))) < 1e-4
 
 
+class Bidirectional:
+    """Passes calls on to a model, without a cache, and keeps the t of each."""
+
+    def __init__(self, net):
+        self.net, self.device, self.times = net, net.device, []
+
+    def __call__(self, x, t, text, chunk, cache, start):
+        assert cache is None and start == 0 and chunk == (x.shape[1],) and t.dtype == torch.float32
+        self.times.append(t[0].tolist())
+        return self.net(x, t, text, chunk=None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_all_frames_at_once(net, solver):
+    """Bidirectionally: one chunk, no cache, every frame at the same t; the same alone and in any batch."""
+    spy = Bidirectional(net)
+    text = prompts(2)
+    options = dict(text=text, frames=5, chunk=None, steps=2, shift=3.0, solver=solver, window=5)
+    [(first, latents)] = stream(spy, **options)
+    assert first == 0 and latents.shape == (2, 5, *SHAPE) and len(spy.times) == 2
+    sigmas = diffusion.sigma_grid(2, 3.0, solver)
+    assert [t[0] for t in spy.times] == [diffusion.model_time(s, solver) for s in sigmas[:-1]]
+    assert all(len(set(t)) == 1 and len(t) == 5 for t in spy.times)
+    x = torch.cat([drawn("noise", i, 0, 5) for i in range(2)])
+    nulls = NULL.expand(2, 1, 8)
+    rows = diffusion.pad_text(text)
+
+    def velocity(x, sigma):
+        t = torch.full((2, 5), float(diffusion.model_time(sigma, solver)))
+        v, v_null = (net(x, t, words, chunk=None) for words in (rows, nulls))
+        return v_null + 6.0 * (v - v_null)
+    assert relative(latents, diffusion.SOLVERS[solver](velocity, x, sigmas)) < 1e-4
+    [(_, alone)] = stream(net, **options | dict(text=text[1:], ids=[1]))
+    assert relative(alone, latents[1:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["euler", "unipc-diffusers"])
+def test_all_frames_at_once_are_diffusers_pipeline(solver, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4,
+        text_dim=8, freq_dim=256, ffn_dim=96, num_layers=2).eval()
+    for p in transformer.parameters():
+        p += torch.randn_like(p) * 0.05
+    transformer.save_pretrained(tmp_path / "transformer")
+    sigmas = diffusion.sigma_grid(6, 3.0, solver)
+    if solver == "euler":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        set_timesteps = scheduler.set_timesteps
+        scheduler.set_timesteps = lambda steps, device: set_timesteps(steps, device, sigmas=sigmas[:-1])
+    else:
+        scheduler = diffusers_unipc(6, 3.0)
+    pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler,
+                                     transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    text = prompts(2)
+    rows, nulls = (torch.nn.functional.pad(z, (0, 0, 0, 512 - z.shape[1]))
+                   for z in (diffusion.pad_text(text), NULL.expand(2, 1, 8)))
+    noise = torch.cat([drawn("noise", i, 0, 5) for i in range(2)])
+    expected = pipeline(prompt_embeds=rows, negative_prompt_embeds=nulls, latents=noise.transpose(1, 2),
+                        height=32, width=48, num_frames=17, num_inference_steps=6, guidance_scale=4.0,
+                        output_type="latent").frames.transpose(1, 2)
+    [(_, made)] = stream(model.load(tmp_path), text, frames=5, chunk=None, steps=6, shift=3.0, guidance=4.0,
+                         solver=solver)
+    print(f"{solver}: relative difference {relative(made, expected):.1e}")
+    assert relative(made, expected) < 1e-5
+
+
 def test_a_sample_is_the_same_alone_and_in_any_batch(net):
     text = prompts(3)
     for kwargs in ({}, {"history": 1.2}, {"guidance": 1}, {"solver": "unipc", "context_noise": 0.2}):
@@ -318,7 +491,10 @@ def test_nothing_grows_with_the_number_of_chunks(net):
     (dict(context=torch.zeros(2, 19, *SHAPE), frames=30), "no room in a window of 21; give at most 18"),
     (dict(frames=9, context=torch.zeros(2, 9, *SHAPE)), "use 12 or 15"), (dict(keep=10), "multiple of 3"),
     (dict(keep=21), "cannot keep 21"),
-    (dict(null=None), "empty prompt"), (dict(ids=["a"]), "2 prompts")])
+    (dict(null=None), "empty prompt"), (dict(ids=["a"]), "2 prompts"),
+    (dict(chunk=None, frames=22), "22 latent frames after 0: made at once.* the window of 21"),
+    (dict(chunk=None, context=torch.zeros(2, 1, *SHAPE)), "9 latent frames after 1: made at once"),
+    (dict(chunk=None, sink=0), "no sink")])
 def test_refusals(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(net, **kwargs)

@@ -6,6 +6,7 @@ import torch
 from test_train import close_runs, config, flags_of, lines, run, same_run
 from worlds import call, fill_store, relative
 
+import bench
 import common
 import diffusion
 import history
@@ -127,6 +128,16 @@ def test_runs_in_mode_rf(world, tmp_path):
     call("train_df.py", *flags_of(config(world, tmp_path / "d", **knobs)), ranks=2)
     close_runs(tmp_path / "a", tmp_path / "d")
     assert model.settings(tmp_path / "a")["mode"] == "rf"
+
+
+def test_the_bench_of_modes(capsys):
+    bench.bench_modes(bench.Config("modes", frames=33, size="32x32", batch=2, micro=1, repeats=1))
+    printed = capsys.readouterr().out
+    assert "2 clips of 33 frames, 12 tokens a chunk, 1 at a time" in printed
+    rows = [line.strip("|").split("|") for line in printed.splitlines()[4:]]
+    assert [row[0].strip() for row in rows] == ["df", "tf", "rf"] and float(rows[0][2]) == 1
+    df, tf, rf = (float(row[3]) for row in rows)
+    assert df == 1 < tf < rf < 3, "a clean past is that of 2 of 3 chunks"
 
 
 def test_it_learns_by_resampling(world, tmp_path):

@@ -2,11 +2,24 @@
 
 import shutil
 import signal
+import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from worlds import call, disk_full_after, ended, run_stage, start, tree, tree_but_command, wait_until
+from worlds import (
+    call,
+    disk_full_after,
+    ended,
+    fork_ranks,
+    relative,
+    run_stage,
+    start,
+    tree,
+    tree_but_command,
+    wait_until,
+)
 
 import data
 import prepare
@@ -114,10 +127,80 @@ def test_a_store_keeps_to_how_it_was_begun(world, agg_0):
 
 
 def test_a_full_disk_keeps_what_is_done(world, tmp_path):
-    cfg = prepare.Config(str(world / "videos"), str(world / "wan"), str(tmp_path / "agg"))
+    cfg = prepare.Config((str(world / "videos"),), str(world / "wan"), str(tmp_path / "agg"))
     with disk_full_after(2):
         run_stage(prepare, cfg)
     assert len(list((tmp_path / "agg").glob("clips/*"))) == 2
+
+
+def test_shards_are_read_in_place_by_any_number_of_processes(world, agg_0, tmp_path):
+    """Three clips in two tars: one process ends at a full disk, two go on."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for i in range(3):
+        with tarfile.open(shards / f"{i // 2:05d}.tar", "a") as tar:
+            for suffix in ("txt", "mp4"):
+                tar.add(world / "videos" / f"{i:05d}.{suffix}", f"{i:05d}.{suffix}")
+    before = tree(shards)
+    cfg = prepare.Config((str(shards),), str(world / "wan"), str(tmp_path / "agg"))
+    with disk_full_after(1):
+        run_stage(prepare, cfg)
+    named = replace(cfg, videos=(str(shards / "00000.tar"), str(shards / "00001.tar")))
+    fork_ranks(2, lambda: run_stage(prepare, named))
+    clips = data.Clips(tmp_path / "agg")
+    known = data.Clips(agg_0)
+    assert [clip["source"] for clip in clips] == [f"{i // 2:05d}.tar/{i:05d}.mp4" for i in range(3)]
+    for i in range(3):
+        assert torch.equal(clips.load(i)["latents"], known.load(i)["latents"])
+        assert clips[i]["prompt"] == known[i]["prompt"]
+    assert tree(shards) == before
+
+
+def test_miradata_from_its_uncut_videos(world, agg_0, tmp_path, capsys):
+    """Two clips one after another in one video, a third whose video is not there, and another source."""
+    known = data.Clips(agg_0)
+    raw = tmp_path / "raw_video" / "000000000" / "000000000123_vi-deo.mp4"
+    raw.parent.mkdir(parents=True)
+    frames = [toy.render(toy.draw_world(0, i), 81) for i in range(2)]
+    data.write_video(raw.with_name("000000000123_vi.mp4"), frames, 16)
+    rows = [f"000000000{number}_vi-deo-{i:06d},{81 * i},{81 * i + 81},16,pexels,dense {i}"
+            for i, number in enumerate((123, 123, 124))] + ["000000000125_x-000000,0,81,16,youtube,no"]
+    table = tmp_path / "miradata.csv"
+    header = "index,start_frame,end_frame,fps,source,dense_caption"
+    table.write_text("\n".join([header, *rows, ",,,,,\n"]))
+    cfg = prepare.Config((str(table),), str(world / "wan"), str(tmp_path / "agg"), where="source=pexels",
+                         root=(str(tmp_path / "clip_video"), str(tmp_path / "raw_video")))
+    assert run_stage(prepare, cfg) is None
+    clips = data.Clips(tmp_path / "agg")
+    assert [clip["id"] for clip in clips] == [f"000000000123_vi-deo-{i:06d}" for i in range(2)]
+    assert [clip["prompt"] for clip in clips] == ["dense 0", "dense 1"]
+    assert clips[1]["source"] == "000000000123_vi.mp4 (5.0625 s to 10.125 s)"
+    for i in range(2):  # h264 has been at it once more
+        assert relative(clips.load(i)["latents"], known.load(i)["latents"]) < 0.1
+        assert relative(clips.load(i)["latents"], known.load(1 - i)["latents"]) > 0.3
+    lost = f"no such file: {tmp_path}/clip_video/000000000/000000000124_vi-deo-000002.mp4"
+    assert (tmp_path / "agg/skipped.txt").read_text() == f"{lost}\n"
+    printed = capsys.readouterr().out
+    assert "3 videos in" in printed and f"skipped: {lost}" in printed and "2 clips in" in printed
+    before = tree(tmp_path / "agg/clips")
+    shutil.rmtree(tmp_path / "raw_video")  # clips that are made need their videos no more
+    run_stage(prepare, cfg)
+    assert tree(tmp_path / "agg/clips") == before and len(data.Clips(tmp_path / "agg")) == 2
+    capsys.readouterr()
+    assert run_stage(prepare, replace(cfg, out=str(tmp_path / "other"))) == 2
+    errors = capsys.readouterr().err
+    assert "none of the 3 videos can be used" in errors and "--root FOLDER says where" in errors
+    assert "no such file: " in errors and not (tmp_path / "other").exists()
+
+
+def test_the_screen_is_not_flooded_with_reasons(world, tmp_path, capsys):
+    table = tmp_path / "list.csv"
+    names = [f"lost{i:02d}.mp4" for i in range(25)] + [str(world / "videos" / "00000.mp4")]
+    table.write_text("video,caption\n" + "".join(f"{name},x\n" for name in names))
+    run_stage(prepare, prepare.Config((str(table),), str(world / "wan"), str(tmp_path / "agg")))
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: no such file") == 20 and "skipped: 5 more" in printed
+    assert len((tmp_path / "agg/skipped.txt").read_text().splitlines()) == 25
 
 
 @pytest.mark.parametrize("change,message", [

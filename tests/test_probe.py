@@ -91,6 +91,23 @@ def test_probes_take_clips_that_no_training_saw(tmp_path):
     for recorded, changes in (({"held_out": 0}, {}), ({}, {"held_out": 0})):
         with pytest.raises(UserError, match="not trained on, and none are held out; train with --held-out"):
             chosen(recorded, **changes)
+    with pytest.raises(UserError, match="trained on 12 latent frames; the probes need at least 15"):
+        chosen({"window": 12})
+
+
+def test_probes_look_as_far_as_the_model_was_trained(world, ranks, monkeypatch):
+    seen = []
+
+    def generate(*args, window, frames, context, **kwargs):
+        seen.append((window, frames))
+        yield 0, context
+        for first in range(context.shape[1], frames, 3):
+            yield first, torch.zeros(len(context), 3, 16, 4, 4)
+    monkeypatch.setattr(diffusion, "generate", generate)
+    monkeypatch.setattr(probe, "window_of", lambda path: 15)
+    store = data.Clips(world / "agg_0")
+    probe.probe_model(str(world / "model"), settings(world / "agg_0"), store, [0], ranks)
+    assert seen == [(15, 15), (15, 39)]
 
 
 class Walk:
@@ -128,7 +145,7 @@ def test_own_minus_real_is_nothing_for_the_exact_model(wrong, sign):
     for i in range(8):
         x = torch.randn(1, 21, 16, 8, 8, generator=common.rng("walk", i)).cumsum(1)
         gaps.append(probe.own_minus_real(Walk(**wrong), x, torch.zeros(1, 1, 4), None, str(i),
-                                         settings("", shift=1.0)))
+                                         settings("", shift=1.0), window=21))
     gap = np.mean(gaps, 0) / (np.std(gaps, 0, ddof=1) / 8**0.5)  # in standard errors: [2 chunks, levels]
     assert gap.shape == (2, 5) and ((sign * gap[:, 3:] > 8) if sign else (abs(gap) < 3)).all(), gap
 

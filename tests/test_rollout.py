@@ -108,6 +108,14 @@ def test_every_flag_changes_the_rollouts(make, flags):
     assert not torch.equal(first["latents"][3:], second["latents"][3:])
 
 
+def test_a_model_never_trained_chunk_by_chunk_is_named(world, make, tmp_path, capsys):
+    make(count=1)
+    assert "warning" not in capsys.readouterr().out
+    model.save(model.load(world / "model"), tmp_path / "whole", wan=str(world / "wan"), mode="full")
+    make(count=1, model="whole", out="other", round=0)
+    assert "warning: whole was never trained to make videos chunk by chunk" in capsys.readouterr().out
+
+
 def sources(out):
     return [clip["source"] for clip in data.Clips(out)]
 
@@ -325,7 +333,7 @@ def test_data_that_does_not_fit(world, make, store, message):
 
 @pytest.mark.parametrize("flags,message", [
     (dict(model="nowhere"), "--model nowhere does not exist; train_df.py makes one"),
-    (dict(model="."), "holds no diffusion_pytorch_model"), (dict(data="nowhere"), "not a clip store"),
+    (dict(model="."), "looked for diffusion_pytorch_model"), (dict(data="nowhere"), "not a clip store"),
     (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0 --steps 2"),
     (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1")])
 def test_refusals(make, flags, message):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import test_rollout
@@ -22,6 +23,7 @@ import model
 import rollout
 import routing
 import toy
+import train_df
 
 world = test_train.world  # fixtures
 models, make, spy = test_sample.models, test_sample.make, test_sample.spy
@@ -325,6 +327,8 @@ def test_a_trained_route_is_sampled_with(make, spy, models, tmp_path, monkeypatc
     assert not torch.equal(latents[1], latents[3])
     make(like="out3/0000-a-red-disc.mp4", out="again")
     assert routes[-1] is None and torch.equal(calls[-1]["latents"], latents[3])
+    make(like="out2/0000-a-red-disc.mp4", out="off", route=0)
+    assert routes[-1] is None and torch.equal(calls[-1]["latents"], latents[3])
     with refused("--route -1: give a number of chunks"):
         make(prompt="a", route=-1)
 
@@ -352,9 +356,24 @@ def test_a_trained_route_is_rolled_out_with(tmp_path, monkeypatch):
 
 def test_training_refuses_what_cannot_be_routed(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags in ({"route": 0}, {"route": 2, "mode": "full"}):
-        with refused(f"--route {flags['route']} --mode .* at least 1, and --mode full has no past chunks"):
+    for flags in ({"route": -1}, {"route": 2, "mode": "full"}):
+        with refused(f"--route {flags['route']} --mode .* at least 0, and --mode full has no past chunks"):
             run_training(config(world, "out", **flags))
+
+
+def test_a_route_is_inherited(world, tmp_path, ranks, capsys):
+    """By a training from a model that was trained with one, unless a --route is given; 0 turns it off."""
+    model.save(model.load(world / "init"), tmp_path / "routed", route=2)
+    for flags, expected in (({}, 2), ({"route": 0}, None), ({"route": 3}, 3), ({"mode": "full"}, None)):
+        cfg = replace(config(world, tmp_path / "out", **flags), init=str(tmp_path / "routed"))
+        cfg = train_df.complete(cfg, ranks)
+        samples = train_df.Samples(cfg)
+        train_df.check(cfg, samples, ranks)
+        state = train_df.begin(cfg, samples, ranks)
+        assert cfg.route == state.net.route == expected
+        train_df.export(cfg, samples, state, ranks)
+        assert model.settings(tmp_path / "out")["route"] == expected
+    assert train_df.complete(config(world, tmp_path / "out"), ranks).route is None
 
 
 def test_routes_compute_less():

@@ -215,7 +215,10 @@ def test_a_model_trained_for_images_gets_no_warning(make, models, tmp_path, caps
 
 
 @pytest.mark.parametrize("mode,flags,warning", [
-    ("full", {}, "trained bidirectionally"), ("df", dict(context_noise=0.2), None), ("rf", {}, None),
+    ("full", dict(causal=True), "m was never trained to make videos chunk by chunk"),
+    ("df", dict(bidirectional=True), "m was never trained to make all frames at once"),
+    ("full", dict(bidirectional=True), None), ("df", dict(causal=True), None),
+    ("df", dict(context_noise=0.2), None), ("rf", {}, None),
     ("rf", dict(context_noise=0.2), "--mode rf and has never seen a noisy past"),
     ("tf", dict(history_guidance=1.2), "--mode tf and has never seen a noisy past")])
 def test_what_a_model_was_never_trained_for_is_said(mode, flags, warning, make, models, capsys):
@@ -223,6 +226,72 @@ def test_what_a_model_was_never_trained_for_is_said(mode, flags, warning, make, 
     make(model="m", prompt="a red disc", **flags)
     printed = capsys.readouterr().out
     assert warning in printed if warning else "warning" not in printed
+
+
+# ---------------------------------------------------------------- models never trained chunk by chunk
+
+def test_the_published_wan_makes_all_frames_at_once(make, models, spy, capsys):
+    """It is its own Wan directory, says nothing of a mode, and is Wan's bidirectional class."""
+    calls, pieces = spy
+    [film] = make(model=str(models / "wan"), prompt="a red disc", seconds=1).values()
+    assert len(film) == 17, "no chunks to fill up"
+    [call] = calls
+    assert (call["chunk"], call["frames"]) == (None, 5) and len(pieces["0000-a-red-disc"]) == 1
+    assert "wan was never trained chunk by chunk: all frames are made at once" in capsys.readouterr().out
+    tags = data.read_tags("videos/0000-a-red-disc.mp4")
+    assert tags["causal"] is False and tags["wan"] == str(models / "wan")
+    [again] = make(like="videos/0000-a-red-disc.mp4", out="again").values()
+    assert torch.equal(again, film) and data.read_tags("again/0000-a-red-disc.mp4") == tags
+    [longer] = make(like="videos/0000-a-red-disc.mp4", out="causal", causal=True).values()
+    assert len(longer) == 21 and calls[-1]["chunk"] == 3
+    assert sample.settle(sample.Config(bidirectional=True), {"causal": True}).causal is False
+
+
+def test_what_files_tell_of_the_training(models, tmp_path):
+    net = model.load(models / "model")
+    for name, config, expected in (
+            ("plain", {}, False), ("full", {"mode": "full"}, False), ("df", {"mode": "df"}, True),
+            ("rf", {"mode": "rf"}, True), ("older", {"wan": "x"}, True)):
+        model.save(net, tmp_path / name, **config)
+        assert model.trained_causally(tmp_path / name) is expected, name
+    for kind, expected in (("WanTransformer3DModel", False), ("CausalWanModel", True), ("Other", None)):
+        (tmp_path / "plain/config.json").write_text(json.dumps({"_class_name": kind}))
+        assert model.trained_causally(tmp_path / "plain") is expected
+    moved = tmp_path / "df/diffusion_pytorch_model.safetensors"
+    (tmp_path / "full/mine.safetensors").write_bytes(moved.read_bytes())
+    assert model.trained_causally(tmp_path / "full/mine.safetensors") is True, "its own header tells"
+    (tmp_path / "hub").mkdir()
+    os.rename(tmp_path / "full", tmp_path / "hub/transformer")
+    assert model.trained_causally(tmp_path / "hub") is False
+
+
+@pytest.fixture
+def distilled(models, tmp_path):
+    """A file as Self-Forcing's trainers write it, beside a config.json that is not about it."""
+    state = {f"model.{name}": p for name, p in model.load(models / "model").state_dict().items()}
+    (tmp_path / "theirs").mkdir()
+    torch.save({"generator": {}, "generator_ema": state}, tmp_path / "theirs/self_forcing_dmd.pt")
+    config = (models / "wan/config.json").read_text()
+    (tmp_path / "theirs/config.json").write_text(config)
+    return str(tmp_path / "theirs/self_forcing_dmd.pt")
+
+
+def test_distilled_models_make_few_steps(make, models, spy, distilled, capsys):
+    calls, _ = spy
+    flags = dict(model=distilled, wan=str(models / "wan"), prompt="a red disc", size="32x32")
+    make(**flags, solver="renoise", out="few")  # TINY's 1 step is given
+    assert "does not say how it was trained" in capsys.readouterr().out
+    cfg = sample.settle(sample.Config(solver="renoise"), {})
+    assert (cfg.steps, cfg.shift, cfg.guidance) == (4, 5, 1)
+    for name, value in dict(steps=1, shift=5, guidance=1, solver="renoise", chunk=3).items():
+        assert calls[0][name] == value
+    cfg = sample.settle(sample.Config(solver="renoise", guidance=3.0), {})
+    assert (cfg.steps, cfg.guidance) == (4, 3)
+    make(**flags, solver="renoise", levels="1000,757,522", out="causvid")
+    assert calls[1]["levels"] == (1000, 757, 522)
+    recipe = data.read_tags("few/0000-a-red-disc.mp4")
+    assert sample.settle(sample.Config(), recipe).steps == 1 and recipe["causal"] is True
+    assert sample.settle(sample.Config(), {}).steps == 20
 
 
 def test_the_prompt_changes_at_a_slide(make, spy):
@@ -323,14 +392,14 @@ def test_tags_and_like(make, models, capsys):
     first = make(**flags)
     tags = data.read_tags("videos/0000-a-red-disc-a-blue-ring-seed3.mp4")
     expected = {"prompt": "a red disc | a blue ring", "prompts": ["a red disc", "a blue ring"],
-                "times": [0, 2.5], "seed": 3, "id": 0, "name": "0000-a-red-disc-a-blue-ring",
+                "causal": True, "times": [0, 2.5], "seed": 3, "id": 0, "name": "0000-a-red-disc-a-blue-ring",
                 "model": str(models / "model"), "wan": str(models / "wan"), "size": "32x32", "fps": 16,
                 "context": 6,
                 "seconds": 4, "frames": 69, "steps": 1, "guidance": 3, "shift": 8, "solver": "unipc",
                 "negative": "", "context_noise": 0, "history_guidance": 0,
-                "history_level": 0.8, "window": 9, "keep": 6, "sink": None, "route": None,
-                "reentry": "first", "extend": str(Path("clip.mp4").resolve()), "image": None, "crf": 20,
-                "preset": "ultrafast", "dtype": "float32"}
+                "history_level": 0.8, "levels": None, "lora": None, "window": 9, "keep": 6, "sink": None,
+                "route": None, "reentry": "first", "extend": str(Path("clip.mp4").resolve()), "image": None,
+                "crf": 20, "preset": "ultrafast", "dtype": "float32"}
     mark = common.fingerprint(models / "model/diffusion_pytorch_model.safetensors")
     assert tags == expected | {"fingerprint": mark, "command": tags["command"]}
     [(name, film)] = first.items()
@@ -376,6 +445,7 @@ def inputs(models, tmp_path_factory):
             "none.jsonl": '{"seed": 5}',
             "times.jsonl": '{"prompt": ["a", "b"], "times": [0, "b"]}',
             "extends.jsonl": '{"prompt": "a", "extend": "short.mp4"}',
+            "continues.jsonl": '{"prompt": "a", "extend": "clip.mp4"}',
             "twice.jsonl": '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}',
             "path.jsonl": '{"prompt": "a", "name": "../x"}'}.items():
         (folder / name).write_text(text)
@@ -424,8 +494,21 @@ def inputs(models, tmp_path_factory):
     (dict(prompt="a red disc moves left " * 9), "takes at most 32 of width 64"),
     (dict(prompt="a", wan="nowhere"), "no VAE in .*nowhere"),
     (dict(prompt="a", model="bare"), "bare names no Wan directory"),
-    (dict(prompt="a", model="empty"), "empty holds no diffusion_pytorch_model"),
-    (dict(prompt="a", preset="quick"), "preset quick")])
+    (dict(prompt="a", model="empty"), "in empty: looked for diffusion_pytorch_model.safetensors"),
+    (dict(prompt="a", preset="quick"), "preset quick"),
+    (dict(prompt="a", levels="1000,500"), "--levels 1000,500 --solver euler: give numbers that fall"),
+    (dict(prompt="a", levels="1000,a", solver="renoise"), "--levels 1000,a"),
+    (dict(prompt="a", levels="1000,500,500", solver="renoise"), "--levels 1000,500,500"),
+    (dict(prompt="a", levels="1001,5", solver="renoise"), "--levels 1001,5"),
+    (dict(prompt="a", levels="500,0", solver="renoise"), "--levels 500,0"),
+    (dict(prompt="a", causal=True, bidirectional=True), "--causal and --bidirectional are both given"),
+    (dict(prompt="a", bidirectional=True, seconds=3), "3 s are more than a window of 9 .*2.06 s.*--causal"),
+    (dict(prompt="a", bidirectional=True, extend="clip.mp4", seconds=2), "--extend: there is no past"),
+    (dict(prompt="a", bidirectional=True, image="i.png"), "--image: there is no past"),
+    (dict(prompt="a", bidirectional=True, sink=0, context_noise=0.2, history_guidance=1.2, route=2),
+     "--sink, --route, --context-noise, --history-guidance: there is no past"),
+    (dict(prompts="continues.jsonl", bidirectional=True, seconds=2), "s.jsonl:1: .* continue no video"),
+    (dict(prompt="a | b", bidirectional=True, seconds=2), "window slides, never here")])
 def test_refusals(make, inputs, monkeypatch, flags, message):
     monkeypatch.chdir(inputs)
     with pytest.raises(UserError, match=message):
@@ -462,8 +545,8 @@ def test_a_failure_midway_leaves_no_file(make, monkeypatch):
 def test_the_command_line(models, tmp_path):
     errors = call("sample.py", code=1).stderr
     assert errors.startswith("sample.py: no model; give --model DIR") and len(errors.splitlines()) == 2
-    flags = "--prompt", "a red disc", "--seconds", 0.5, "--steps", 1, "--out", tmp_path / "out", "--wan"
-    call("sample.py", "--model", models / "wan", *flags, models / "wan")
+    flags = "--prompt", "a red disc", "--seconds", 0.5, "--steps", 1, "--out", tmp_path / "out"
+    call("sample.py", "--model", models / "wan", *flags)
     tags = data.read_tags(tmp_path / "out/0000-a-red-disc.mp4")
     assert tags["command"].startswith(f"{sample.__file__} --model")
     assert "--prompt 'a red disc'" in tags["command"]

@@ -247,6 +247,9 @@ def test_sample_rolls_its_window(make, spy):
     assert data.read_tags("videos/0000-a-red-disc.mp4")["sink"] == 1
     again = make(like="videos/0000-a-red-disc.mp4", out="again")
     assert torch.equal(again["0000-a-red-disc"], made["0000-a-red-disc"])
+    off = make(like="videos/0000-a-red-disc.mp4", out="off", sink=-1)
+    assert torch.equal(off["0000-a-red-disc"], slid["0000-a-red-disc"])
+    assert data.read_tags("off/0000-a-red-disc.mp4")["sink"] is None
 
 
 def test_sample_goes_on_from_an_image_with_a_sink(make, spy):
@@ -260,7 +263,7 @@ def test_sample_goes_on_from_an_image_with_a_sink(make, spy):
     (dict(prompt="a | 1: b | 1.2: c"), "not all 3 prompts .* where a chunk begins, every 0.75 s"),
     (dict(prompt="a | 3.2: b"), "not all 2 prompts .* where a chunk begins"),
     (dict(prompt="a", sink=2), "a sink of 2 chunks in a window of 9"),
-    (dict(prompt="a", sink=-1), "a sink of -1 chunks")])
+    (dict(prompt="a", sink=-2), "a sink of -2 chunks")])
 def test_sample_refuses(make, flags, message):
     with refused(message):
         make(**dict(seconds=2.9, sink=1) | flags)

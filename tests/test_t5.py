@@ -1,10 +1,12 @@
 """t5.py: transformers' numbers from every layout on disk; text -> ids; embeddings; memory; refusals."""
 
 import hashlib
+import html
 import io
 import random
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -287,8 +289,27 @@ def test_dtype_is_what_was_asked_for(wan):
     ("\ud83d\ude00 \ud83d", "\U0001f600 \ufffd"),  # a surrogate pair is one character, half of one is none
     ("Upper, lower. punctuation!", "Upper, lower. punctuation!"),
 ])
-def test_clean(raw, cleaned):
+def test_clean(raw, cleaned, monkeypatch):
+    monkeypatch.setattr(t5, "ftfy", None)
     assert t5.clean(raw) == cleaned
+
+
+TRICKY = ["sch\u00c3\u00b6n fox", "\u00e2\u20ac\u0153fox\u00e2\u20ac\x9d", "&amp;amp;amp;lt; fox",
+          "a < &amp;gt; fox", "a \x1b[31mred\x1b[0m fox", "fox\x85runs", "\u017f \ufb05",
+          "fox\x00\x0b\x1f runs", "\ud83d fox", "&#x1F98A;"]
+
+
+@pytest.mark.parametrize("raw", TRICKY)
+def test_with_ftfy_cleaning_is_wans(raw):
+    ftfy = pytest.importorskip("ftfy")
+    expected = html.unescape(html.unescape(ftfy.fix_text(raw))).strip()
+    assert t5.clean(raw) == re.sub(r"\s+", " ", expected).strip()
+
+
+def test_ftfy_is_used_where_it_is_installed(monkeypatch):
+    fake = types.SimpleNamespace(fix_text=lambda text: text.replace("x", "&amp;lt;"))
+    monkeypatch.setattr(t5, "ftfy", fake)
+    assert t5.clean(" a\n x ") == "a <"  # and what it returns is unescaped twice
 
 
 def test_clean_gives_wans_negative_prompt():
@@ -311,11 +332,12 @@ def test_clean_gives_wans_negative_prompt():
 def test_ids_equal_transformers(tokenizer):
     pieces = [(tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size())]
     peer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    for prompt in ["", "a", "a red fox runs", "hillfox snow, ZZZ over", "a \U0001f98a fox\n\nruns  left ,",
-                   "fox " * 600, "x y z" * 300]:
+    for prompt in ["a fox</s> runs", "</s>", "<pad>fox <unk></s></s>", "fox &lt;/s&gt;", "</S> a</s",
+                   "fox</s>" * 300, "", "a", "a red fox runs", "hillfox snow, ZZZ over",
+                   "a \U0001f98a fox\n\nruns  left ,", "fox " * 600, "x y z" * 300]:
         ids = t5.token_ids(tokenizer, prompt)
         assert ids == peer(t5.clean(prompt), truncation=True, max_length=512).input_ids
-        assert ids[-1] == 1 and 0 not in ids
+        assert ids[-1] == 1 and (0 in ids) == ("<pad>" in prompt)
 
 
 @pytest.mark.parametrize("words, count", [(510, 511), (511, 512), (512, 512), (10_000, 512)])
@@ -446,16 +468,16 @@ def refuses(*words):
 def test_refuses_a_missing_tokenizer(wan):
     shutil.rmtree(wan / "google")
     for path in wan, wan / PTH:
-        with refuses(wan / SPIECE, wan / "tokenizer/spiece.model", wan / "spiece.model", t5.DOWNLOAD):
+        with refuses(wan / SPIECE, wan / "tokenizer/spiece.model", wan / "spiece.model", "hf download"):
             t5.load(path)
     assert t5.load_encoder(wan)(torch.tensor([[5, 1]])).shape == (1, 2, 48)  # needs none
 
 
 def test_refuses_missing_weights(wan):
     (wan / PTH).unlink()
-    with refuses(wan, PTH, "t5.safetensors", "text_encoder/", t5.DOWNLOAD):
+    with refuses(wan, PTH, "t5.safetensors", "text_encoder/", "hf download"):
         t5.load(wan)
-    with refuses(wan / "typo", PTH):
+    with refuses(wan / "typo", "no such file or folder"):
         t5.load_encoder(wan / "typo")
 
 
@@ -488,7 +510,7 @@ def test_refuses_weights_that_do_not_fit(wan):
 
 def test_refuses_other_models(wan):
     torch.save({"patch_embedding.weight": torch.zeros(3)}, wan / PTH)
-    with refuses(wan / PTH, "no umT5 encoder", "token_embedding.weight"):
+    with refuses(wan / PTH, "is not Wan2.1's text encoder, but a Wan transformer"):
         t5.load(wan)
 
 

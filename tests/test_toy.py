@@ -93,19 +93,22 @@ def test_the_model_directory_has_the_base_model(tmp_path, monkeypatch):
     config = model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=2, text_dim=64, text_len=32)
     net = model.WanModel(config).init_weights("trained")
     model.save(net, tmp_path / "model", step=300, mode="df")
-    log = [{"step": step, "loss": 1 / step} for step in (50, 100, 200, 300)] + [{"step": 300, "held_out": 1}]
-    (tmp_path / "model" / "log.jsonl").write_text(data.as_lines(log))
+    for folder, steps in (("first", (50, 100, 200, 300)), ("model", (100,))):
+        log = [{"step": step, "loss": 1 / step} for step in steps] + [{"step": steps[-1], "held_out": 1}]
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "log.jsonl").write_text(data.as_lines(log))
     monkeypatch.setattr(toy, "BASE_FILE", tmp_path / "base.safetensors")
-    toy.ship_base(tmp_path / "model")
+    toy.ship_base([tmp_path / "first", tmp_path / "model"])
     weights, recorded = common.open_weights(toy.BASE_FILE)
     assert {w.read().dtype for w in weights.values()} == {torch.bfloat16}
     assert toy.BASE_FILE.stat().st_size < 3 * 2**20
     del recorded["config"]
-    assert recorded == {"seed": 7, "clips": 6000, "steps": 300, "mode": "df",
-                        "losses": [1 / 100, 1 / 200, 1 / 300]}
+    assert recorded == {"seed": 7, "clips": 6000, "trainings": [[24000, 6e-3], [3000, 1e-3]], "mode": "df",
+                        "losses": [1 / 100, 1 / 200, 1 / 300, 1 / 100]}
     toy.make_wan(tmp_path / "wan")
     shipped = model.load(tmp_path / "wan")
     assert shipped.config == config and data.geometry(tmp_path / "wan") == (32, 32, 81, 16)
+    assert model.trained_causally(tmp_path / "wan") is True
     for (name, a), b in zip(shipped.named_parameters(), net.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6, rtol=2**-8), name
     toy.make_wan(tmp_path / "untrained", trained=False)
@@ -147,7 +150,8 @@ def test_the_shipped_vae_is_what_its_command_makes():
 def test_the_shipped_base_is_what_its_command_makes(tmp_path):
     """Only the clips that 100 steps touch are drawn and encoded: a third of all, 4 minutes."""
     recorded = common.open_weights(toy.BASE_FILE)[1]
-    assert recorded["mode"] == toy.BASE_MODE and recorded["steps"] == toy.BASE_STEPS
+    trainings = [list(training) for training in toy.BASE_TRAININGS]
+    assert recorded["mode"] == toy.BASE_MODE and recorded["trainings"] == trainings
     held_out = set(data.permutation(toy.BASE_CLIPS, "held out", 0)[:data.HELD_OUT].tolist())
     trained = [i for i in range(toy.BASE_CLIPS) if i not in held_out]
     touched = held_out | {trained[data.sample_order(len(trained), 0, place)] for place in range(100 * 16)}
@@ -156,7 +160,7 @@ def test_the_shipped_base_is_what_its_command_makes(tmp_path):
     data.write_index(tmp_path / "agg_0", (
         data.index_entry(f"{i:05d}", toy.caption(world), "seed", 0, f"{i:05d}.mp4")
         for i, world in enumerate(worlds)))
-    toy.fit_base(tmp_path, 100)
-    log = map(json.loads, (tmp_path / "model" / "log.jsonl").read_text().splitlines())
+    [folder] = toy.fit_base(tmp_path, [(100, toy.BASE_TRAININGS[0][1])])
+    log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     [loss] = [line["loss"] for line in log if "loss" in line]
     assert loss == pytest.approx(recorded["losses"][0], rel=0.005)

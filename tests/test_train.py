@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 def config(world, out="out", data="agg_0", **flags) -> Config:
     flags = dict(steps=4, batch=6, micro=3, lr=1e-2, held_out=2, log_every=1, save_every=2, eval_every=2,
                  preview_every=0, device="cpu") | flags
-    return Config(str(world / data), str(world / "init"), str(out), **flags)
+    return Config(str(world / data), init=str(world / "init"), out=str(out), **flags)
 
 
 def run(cfg: Config):
@@ -66,7 +66,7 @@ def flags_of(cfg: Config) -> list[str]:
         name = key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
+        elif value not in (None, ()):
             flags += [f"--{name}", str(value)]
     return flags
 
@@ -421,8 +421,8 @@ def test_previews(tmp_path, world):
     toy.make_wan(tmp_path / "wan")
     fill_store(tmp_path / "agg", ["seed"] * 4, (6, 16, 4, 4))
     for mode in ("full", "df"):
-        run(Config(str(tmp_path / "agg"), str(tmp_path / "wan"), str(tmp_path / mode), steps=1, batch=2,
-                   held_out=2, mode=mode, preview_every=1, device="cpu"))
+        run(Config(str(tmp_path / "agg"), init=str(tmp_path / "wan"), out=str(tmp_path / mode), steps=1,
+                   batch=2, held_out=2, mode=mode, preview_every=1, device="cpu"))
         names = sorted(p.name for p in (tmp_path / mode / "preview").iterdir())
         assert names == [f"step-{s:06d}{x}" for s in (0, 1) for x in ("-0.mp4", "-1.mp4", ".png")]
         video = data.probe(tmp_path / mode / "preview" / names[0])
@@ -583,7 +583,7 @@ def test_it_works_as_typed(world, tmp_path):
     flags = "--steps 1 --batch 2 --held-out 0 --preview-every 0 --device cpu".split()
     call("train_df.py", "--data", "agg_3/", *flags, cwd=tmp_path)
     made = json.loads((tmp_path / "model_3/config.json").read_text())
-    assert (made["step"], made["held_out"], made["wan"]) == (1, 0, str(tmp_path / "wan"))
+    assert (made["step"], made["held_out"], made["wan"]) == (1, 0, "../wan")
 
 
 def test_leftovers_of_killed_runs_are_swept(world, tmp_path, reference):

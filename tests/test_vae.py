@@ -375,7 +375,7 @@ def test_broken_and_foreign_files_are_named(theirs, ours, tmp_path):
     with pytest.raises(UserError, match=r"Wan2.1_VAE.pth is truncated"):
         vae.load(tmp_path)
     torch.save({"encoder.downsamples.0.downsamples.0.residual.2.weight": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="VAE.pth as a Wan2.1 VAE: its tensors are not those"):
+    with pytest.raises(UserError, match="VAE.pth is not Wan2.1's VAE, but the VAE of Wan2.2"):
         vae.load(file)
     torch.save({k: v for k, v in weights.items() if k != "decoder.head.0.gamma"}, file)
     with pytest.raises(UserError, match=r"Wan2.1_VAE.pth.*\n  missing: decoder.head.0.gamma"):
