@@ -267,10 +267,10 @@ def named(recorded: str, folder) -> str:
     beside it; for a path that is nowhere, what it was."""
     folder = Path(folder).resolve()
     places = (folder / recorded, folder.parent / Path(recorded).name)
-    there = next((place for place in places if place.exists()), None)
-    if there is None and is_repo(recorded):
+    existing = next((place for place in places if place.exists()), None)
+    if existing is None and is_repo(recorded):
         return recorded
-    return str((there or places[0]).resolve())
+    return str((existing or places[0]).resolve())
 
 
 def wan_for(path, recorded: str | None = None) -> str | None:
