@@ -157,8 +157,10 @@ def train_step(cfg, state, micro, step: int, ranks):
     """One optimiser step, over as many micro-batches as the batch takes. Never waits for the device."""
     state.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
     count = math.ceil(cfg.batch // ranks.world / cfg.micro)
-    for _ in range(count):  # each passes its gradients on: kept whole until the last, they would fill a GPU
+    for k in range(count):
         batch = next(micro)[1].to(ranks.device)
+        if ranks.world > 1:  # gradients travel once, with the last
+            state.net.set_requires_gradient_sync(k == count - 1)
         error = errors(cfg, state.net, batch)                                              # [B, F]
         loss = clip_losses(error, batch.weight)                                            # [B]
         # the mean over the global batch, since gradients are averaged over ranks
@@ -621,9 +623,13 @@ def print_setting(cfg, samples, state, ranks, resumed):
     checked = "" if cfg.mode == "full" else "; every frame's past checked: causal, cached as in parallel"
     print0(f"{cfg.steps:,} steps of {cfg.batch} clips on {ranks.world} x {common.device_name(ranks.device)}, "
            f"{cfg.micro} at a time, in {cfg.dtype}{checked}")
-    if ranks.rank == 0 and ranks.device.type == "cuda":
-        import predict  # which imports this file
-        predict.announce(cfg, state.net.config, samples.shape, ranks.world, cfg.wan)
+    per_weight = (20 if cfg.ema else 16) / ranks.world
+    activations = cfg.micro * model.activation_bytes(state.net, samples.layout()[-1][1])
+    what = "weights, gradients, moments and average" if cfg.ema else "weights, gradients, moments"
+    kept = sum(p.nbytes for p in state.net.parameters() if not p.requires_grad) / ranks.world
+    print0(f"memory, by estimate: {size * per_weight / 1e9:.1f} GB for {what}, "
+           + (f"{kept / 1e9:.1f} GB for the model that stays as it is, " if kept else "") +
+           f"{activations / 1e9:.1f} GB for activations")
     if resumed is not None:
         print0(f"going on from step {resumed}")
 
