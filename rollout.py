@@ -120,6 +120,9 @@ def complete(cfg: Config, ranks) -> Config:
     """Fills in the defaults that depend on the model and the device."""
     round = common.round_of(cfg.model) or 0
     net = locate.local(cfg.model, "transformer")
+    if not Path(net).exists():
+        raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
+    model.find_weights(net)  # refuses a folder without a model, before other names are made of its name
     held_out = model.settings(net).get("held_out", data.HELD_OUT)
     return replace(common.for_device(cfg, ranks.device),
                    model=net,
@@ -136,8 +139,6 @@ def check(cfg: Config, clips: data.Clips) -> str:
                         "must be at least 1, previews at least 0")
     if (cfg.route or 0) < 0:
         raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
-    if not Path(cfg.model).exists():
-        raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
     limits = model.read_checkpoint(cfg.model, cfg.lora)[1]
     if model.trained_causally(cfg.model) is False:
         print0(f"warning: {cfg.model} was never trained to make videos chunk by chunk, as rollouts are made")

@@ -133,8 +133,10 @@ class Job(NamedTuple):
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
     before = read_recipe(cfg.like) if cfg.like else {}
-    cfg = complete(cfg, before, ranks)
+    cfg = settle(cfg, before)
+    cfg = dataclasses.replace(cfg, model=locate_model(cfg))
     limits = model.read_checkpoint(cfg.model, cfg.lora)[1]  # refuses what is no model before loading anything
+    cfg = complete(cfg, ranks)
     dtype = getattr(torch, cfg.dtype)
     rows = read_prompts(cfg, before)
     coder = vae.load(cfg.wan, ranks.device, dtype)
@@ -172,15 +174,17 @@ def read_recipe(like: str) -> dict:
     return tags
 
 
-def complete(cfg: Config, before: dict, ranks) -> Config:
-    """Fills in flags that are not given: from the recipe of --like, then defaults that depend on others."""
-    cfg = settle(cfg, before)
-    if cfg.model:
-        cfg = dataclasses.replace(cfg, model=locate.local(cfg.model, "transformer"))
-    if cfg.model is None or not Path(cfg.model).exists():
+def locate_model(cfg: Config) -> str:
+    path = locate.local(cfg.model, "transformer") if cfg.model else None
+    if path is None or not Path(path).exists():
         problem = f"--model {cfg.model} does not exist" if cfg.model else "no model"
         raise UserError(f"{problem}; give --model DIR, made by train_df.py or a download of Wan2.1:\n"
                         "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir DIR")
+    return path
+
+
+def complete(cfg: Config, ranks) -> Config:
+    """Checks flags, and fills in those that are not given and depend on others or on the model."""
     if min(cfg.batch, cfg.samples, cfg.steps) < 1:
         raise UserError(f"--batch {cfg.batch} --samples {cfg.samples} --steps {cfg.steps}: at least 1 each")
     read_levels(cfg)
@@ -198,7 +202,7 @@ def complete(cfg: Config, before: dict, ranks) -> Config:
     paths = {"model": cfg.model, "wan": wan, "extend": cfg.extend, "image": cfg.image}
     paths = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
     width, height, *_ = data.geometry(wan, cfg.size)
-    loras = tuple(f"{file.resolve()}:{strength}" for file, strength in map(lora.split, cfg.lora or ()))
+    loras = tuple(f"{file.resolve()}:{strength}" for file, strength in map(lora.split, cfg.lora))
     return dataclasses.replace(common.for_device(cfg, ranks.device), **paths, lora=loras,
                                size=f"{width}x{height}")
 
@@ -220,16 +224,16 @@ def in_window(cfg: Config, trained: int) -> Config:
 
 def settle(cfg: Config, before: dict) -> Config:
     """The flags that are given, then the recipe of --like, then what distilled models were made for."""
-    if cfg.bidirectional and cfg.causal:
-        raise UserError("--causal and --bidirectional are both given; choose one")
     settled = given(cfg)
-    if cfg.bidirectional:
-        cfg = dataclasses.replace(cfg, causal=False)
+    if cfg.bidirectional is not None:
+        if cfg.causal is not None:
+            raise UserError("--causal and --bidirectional are both given; choose one")
+        cfg = dataclasses.replace(cfg, causal=not cfg.bidirectional)
         settled.add("causal")
     recipe = {k: before[k] for k in RECIPE & before.keys() - settled}
     usual = diffusion.DISTILLED if recipe.get("solver", cfg.solver) == "renoise" else {}
     cfg = dataclasses.replace(cfg, **{k: v for k, v in (usual | recipe).items() if k not in settled})
-    return dataclasses.replace(cfg, sink=None if cfg.sink == -1 else cfg.sink)
+    return dataclasses.replace(cfg, sink=None if cfg.sink == -1 else cfg.sink, lora=tuple(cfg.lora or ()))
 
 
 def read_levels(cfg: Config) -> tuple[float, ...]:

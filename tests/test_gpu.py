@@ -65,18 +65,21 @@ def test_live_model_is_causal(dtype):
     model.check_causal(wan(torch.float32, dtype))
 
 
-def test_training_compiled_and_checkpointed():
+def train_once(fast: bool, route=None):
+    """(loss, gradients), fast: compiled, and recomputing activations."""
     x, t, text = inputs()
-    losses, grads = [], []
-    for fast in (False, True):
-        net = wan(torch.float32, torch.bfloat16)
-        if fast:
-            net.checkpointing = True
-            net.compile_blocks()
-        loss = (net(x, t, text) - x).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    net = wan(torch.float32, torch.bfloat16)
+    net.route = route
+    if fast:
+        net.checkpointing = True
+        net.compile_blocks()
+    loss = (net(x, t, text) - x).square().mean()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def test_training_compiled_and_checkpointed():
+    losses, grads = zip(*map(train_once, (False, True)), strict=True)
     assert abs(losses[0] - losses[1]) < 1e-2 * losses[0]
     assert relative(*grads) < 5e-2
 
@@ -151,18 +154,8 @@ def test_a_routed_network_trains_alike_by_flex_attention_and_under_a_mask(monkey
 
 
 def test_routed_training_compiled_and_checkpointed():
-    x, t, text = inputs()
-    losses = []
-    for fast in (False, True):
-        net = wan(torch.float32, torch.bfloat16)
-        net.route = 1
-        if fast:
-            net.checkpointing = True
-            net.compile_blocks()
-        loss = (net(x, t, text) - x).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        assert all(p.grad.isfinite().all() for p in net.parameters())
+    losses, grads = zip(*(train_once(fast, route=1) for fast in (False, True)), strict=True)
+    assert all(grad.isfinite().all() for grad in grads)
     assert abs(losses[0] - losses[1]) < 2e-2 * losses[0]
 
 

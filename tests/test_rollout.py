@@ -333,7 +333,8 @@ def test_data_that_does_not_fit(world, make, store, message):
 
 @pytest.mark.parametrize("flags,message", [
     (dict(model="nowhere"), "--model nowhere does not exist; train_df.py makes one"),
-    (dict(model="."), "looked for diffusion_pytorch_model"), (dict(data="nowhere"), "not a clip store"),
+    (dict(model="."), "looked for diffusion_pytorch_model"),
+    (dict(model=".", out=None), "no transformer in "), (dict(data="nowhere"), "not a clip store"),
     (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0 --steps 2"),
     (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1")])
 def test_refusals(make, flags, message):

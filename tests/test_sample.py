@@ -244,7 +244,9 @@ def test_the_published_wan_makes_all_frames_at_once(make, models, spy, capsys):
     assert torch.equal(again, film) and data.read_tags("again/0000-a-red-disc.mp4") == tags
     [longer] = make(like="videos/0000-a-red-disc.mp4", out="causal", causal=True).values()
     assert len(longer) == 21 and calls[-1]["chunk"] == 3
-    assert sample.settle(sample.Config(bidirectional=True), {"causal": True}).causal is False
+    for value in (True, False):
+        settled = sample.settle(sample.Config(bidirectional=value), {"causal": value})
+        assert settled.causal is not value, "neither is ignored, nor outdone by --like"
 
 
 def test_what_files_tell_of_the_training(models, tmp_path):
@@ -423,7 +425,7 @@ def test_like_heeds_flags_given_at_their_defaults(make):
     like = "videos/0000-a-red-disc.mp4"
     for given, kept in ((["--guidance", "6"], 6.0), ([], 3.0)):
         cfg = common.parse_args(sample.Config, "", ["--like", like, *given])
-        cfg = sample.complete(cfg, sample.read_recipe(like), common.Ranks(0, 1, torch.device("cpu")))
+        cfg = sample.settle(cfg, sample.read_recipe(like))
         assert (cfg.guidance, cfg.steps) == (kept, 1)
 
 
@@ -453,6 +455,7 @@ def inputs(models, tmp_path_factory):
         write_clip(count, fps, folder / name)
     model.save(model.load(models / "model"), folder / "bare")
     (folder / "empty").mkdir()
+    (folder / "far/away").mkdir(parents=True)  # with no Wan beside it
     (folder / "empty/config.json").write_text('{"wan": "../bare"}')
     return folder
 
@@ -495,6 +498,7 @@ def inputs(models, tmp_path_factory):
     (dict(prompt="a", wan="nowhere"), "no VAE in .*nowhere"),
     (dict(prompt="a", model="bare"), "bare names no Wan directory"),
     (dict(prompt="a", model="empty"), "in empty: looked for diffusion_pytorch_model.safetensors"),
+    (dict(prompt="a", model="far/away"), "in far/away: looked for diffusion_pytorch_model.safetensors"),
     (dict(prompt="a", preset="quick"), "preset quick"),
     (dict(prompt="a", levels="1000,500"), "--levels 1000,500 --solver euler: give numbers that fall"),
     (dict(prompt="a", levels="1000,a", solver="renoise"), "--levels 1000,a"),
