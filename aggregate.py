@@ -17,14 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-import common
-import data
-import sources
-import t5
-import vae
-from common import UserError, print0
+from flags import Dtype, parse
 
 CHUNK = 3  # latent frames; the first chunk of a rollout is real
 TEMPLATE = "A reversed video of {}"
@@ -52,8 +45,21 @@ class Config:
     # As an ablation, the --videos of prepare.py: a rollout's real frames are read from there, not decoded
     paste_real: str | None = None
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+
+import common
+import data
+import sources
+import t5
+import vae
+from common import UserError, print0
 
 
 def main(cfg: Config):
@@ -212,4 +218,4 @@ def read_real(cfg, videos, id, meta, coder) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

@@ -23,30 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-import torch.distributed as dist
-
-import aggregate
-import common
-import data
-import diffusion
-import eval_drift
-import locate
-import metrics
-import model
-import prepare
-import rollout
-import sample
-import sources
-import t5
-import train_df
-import vae
-import vbench
-from common import UserError, positional, run
-
-MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32),
-          "wide": model.Config(dim=512, ffn_dim=2048, num_heads=4, num_layers=2, text_dim=64, text_len=32),
-          "1.3B": model.Config()}
+from flags import Dtype, parse, positional
 
 
 @dataclass
@@ -54,7 +31,7 @@ class Config:
     # What to measure; plan: the cost of a run of bagger.sh
     what: Literal["vae", "train", "modes", "generate", "history", "plan"] = positional()
     width: int = 32  # Base width of the VAE (vae); Wan2.1's is 96
-    model: Literal[*MODELS] = "toy"  # Size of the transformer; its weights are random
+    model: Literal["toy", "wide", "1.3B"] = "toy"  # Size of the transformer; its weights are random
     frames: int = 33  # Frames of a video, 4n+1
     size: str = "128x128"  # Size of a video, WIDTHxHEIGHT
     batch: int = 16  # Clips per training step, or videos generated at once (generate, history)
@@ -82,7 +59,36 @@ class Config:
     sample: str = ""  # Plan: further flags for sample.py
     eval: str = ""  # Plan: further flags for eval_drift.py
     device: str = "cpu"  # Device to measure on: cpu, cuda or cuda:N
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Data type of weights and activations
+    dtype: Dtype = "float32"  # Data type of weights and activations
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+import torch.distributed as dist
+
+import aggregate
+import common
+import data
+import diffusion
+import eval_drift
+import locate
+import metrics
+import model
+import prepare
+import rollout
+import sample
+import sources
+import t5
+import train_df
+import vae
+import vbench
+from common import UserError, run
+
+MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=64, text_len=32),
+          "wide": model.Config(dim=512, ffn_dim=2048, num_heads=4, num_layers=2, text_dim=64, text_len=32),
+          "1.3B": model.Config()}
 
 
 def main(cfg: Config):
@@ -376,7 +382,7 @@ def read_run(cfg: Config) -> Run:
     cfg = replace(cfg, wan=locate.local(cfg.wan, *locate.NETWORKS))
 
     def flags(config, given, *fixed):  # given is split at spaces, as bagger.sh does
-        return common.parse_args(config, "", [*fixed, *given.split()])
+        return parse(config, "", [*fixed, *given.split()])
 
     prepared = flags(prepare.Config, cfg.prepare, "--videos", cfg.videos, "--wan", cfg.wan, "--out", "agg_0")
     trained = flags(train_df.Config, cfg.train, "--data", "agg_0")

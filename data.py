@@ -651,7 +651,6 @@ class Clips:
         return entry
 
 
-HELD_OUT = 32  # seed clips kept out of training and rollouts by default
 
 
 def origin(entry: dict) -> str:

@@ -24,25 +24,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-import common
-import data
-import locate
-import metrics
-import probe
-import readings
-import report
-import toy
-from common import UserError, print0
-from metrics import mean, sem
+from flags import parse, positional
 
 
 @dataclass
 class Config:
     # folders of videos, one for each method to compare; NAME=folder sets the method's name in the report
-    videos: tuple[str, ...] = common.positional()
+    videos: tuple[str, ...] = positional()
     out: str = "report"  # folder for the report and the scores of each video
     weights: str | None = None  # folder of VBench's weight files, searched before VBench's own cache folders
     # result files written by VBench itself (*_eval_results.json); their scores replace those computed here
@@ -66,6 +54,23 @@ class Config:
     shift: float = 8.0  # shift of the solver's noise levels in the probes
     device: str | None = None  # cuda or cpu (default: cuda if available)
 
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import numpy as np
+import torch
+
+import common
+import data
+import locate
+import metrics
+import probe
+import readings
+import report
+import toy
+from common import UserError, print0
+from metrics import mean, sem
 
 VERSION = 3  # of the files in scores/
 FLOOR = 1e-3  # of means in a ratio: smaller ones, of rare pixels or still frames, would make it meaningless
@@ -575,4 +580,4 @@ def binned(rows: list[dict]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

@@ -6,7 +6,7 @@
     full   bidirectional: a clip is a single chunk, with one noise level
 
 A history is latents [B, F, C, H, W] that stand beside the noisy ones, at t = 0, or None where the noisy
-chunks are their own past. A new mode is a function here and an entry in HISTORIES.
+chunks are their own past. A new mode is a function here, an entry in HISTORIES, and a choice of --mode.
 """
 
 import torch

@@ -22,7 +22,6 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import common
+import flags
 import locate
 import lora
 import routing
@@ -722,26 +722,26 @@ def check_causal(model: WanModel):
 
 @dataclass
 class Flags:
-    path: str = common.positional()  # A Wan, diffusers or model_k directory, a .safetensors or a .pt file
+    path: str = flags.positional()  # A Wan, diffusers or model_k directory, a .safetensors or a .pt file
     device: str = "cpu"  # Device to check it on: cpu, cuda or cuda:N
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the matrix products
+    dtype: flags.Dtype = "float32"  # Precision of the matrix products
 
 
-def main(flags: Flags):
-    flags.path = locate.local(flags.path, "transformer")
-    weights, c = read_checkpoint(flags.path)
+def main(cfg: Flags):
+    cfg.path = locate.local(cfg.path, "transformer")
+    weights, c = read_checkpoint(cfg.path)
     published = {(1536, 30): "Wan2.1-T2V-1.3B", (5120, 40): "Wan2.1-T2V-14B"}
     parameters = sum(math.prod(w.shape) for w in weights.values())
     stored = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     print(f"{published.get((c.dim, c.num_layers), 'a Wan of another size')}: {parameters:,} parameters in "
           f"{len(weights)} tensors, stored as {', '.join(stored)}")
     print(", ".join(f"{key} {value}" for key, value in asdict(c).items()))
-    model = load(flags.path, flags.device, getattr(torch, flags.dtype))
+    model = load(cfg.path, cfg.device, getattr(torch, cfg.dtype))
     error = check_causal(model)
-    trained = {True: "yes", False: "no", None: "unknown"}[trained_causally(flags.path)]
+    trained = {True: "yes", False: "no", None: "unknown"}[trained_causally(cfg.path)]
     print(f"can run causally: yes; trained causally: {trained}")
-    print(f"cached and parallel forwards agree to {error:.1e} ({flags.dtype}, {flags.device})")
+    print(f"cached and parallel forwards agree to {error:.1e} ({cfg.dtype}, {cfg.device})")
 
 
 if __name__ == "__main__":
-    common.run(main, Flags, __doc__)
+    common.run(main, flags.parse(Flags, __doc__))

@@ -14,17 +14,8 @@ import functools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-import common
-import data
-import locate
-import sources
-import t5
-import vae
-from common import UserError, print0
+from flags import Dtype, parse
 
 
 @dataclass
@@ -49,8 +40,22 @@ class Config:
     where: str | None = None
     seed: int = 0  # Seed of the position at which each clip is cut from its video
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+
+import common
+import data
+import locate
+import sources
+import t5
+import vae
+from common import UserError, print0
 
 
 def main(cfg: Config):
@@ -157,4 +162,4 @@ def finish(listed, store, ranks, skipped):
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

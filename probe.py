@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import common
 import data
 import diffusion
+import flags
 import metrics
 import model
 import vae
@@ -76,7 +77,7 @@ def probe_once(path: str, settings: Settings, folder: Path, ranks) -> dict:
 
 def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:
     """Indices of seed clips that the model was not trained on; clips it was trained on would flatter it."""
-    trained_without = model.settings(path).get("held_out", data.HELD_OUT)
+    trained_without = model.settings(path).get("held_out", flags.HELD_OUT)
     count = trained_without if settings.held_out is None else settings.held_out
     chosen = data.held_out(store, count)[:settings.clips]
     if not chosen:

@@ -11,19 +11,8 @@ same bytes.
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
-import torch.distributed as dist
-
-import common
-import data
-import diffusion
-import locate
-import lora
-import model
-import vae
-from common import UserError, print0
+from flags import HELD_OUT, Dtype, Solver, parse
 
 CHUNK = 3  # latent frames; a rollout begins with 9 real frames of video
 
@@ -48,15 +37,31 @@ class Config:
     steps: int = 20  # Solver steps per chunk
     guidance: float = 6.0  # Guidance scale towards the prompt; 1 is no guidance, and twice as fast
     shift: float = 8.0  # Shift of the noise levels towards pure noise, as in training
-    solver: Literal[*diffusion.SOLVERS] = "euler"  # ODE solver
+    solver: Solver = "euler"  # ODE solver
     # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
     # trained)
     route: int | None = None
     previews: int = 16  # Rollouts to show in preview.png; 0: no preview
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import diffusion
+import locate
+import lora
+import model
+import vae
+from common import UserError, print0
 
 
 def main(cfg: Config):
@@ -123,7 +128,7 @@ def complete(cfg: Config, ranks) -> Config:
     if not Path(net).exists():
         raise UserError(f"--model {cfg.model} does not exist; train_df.py makes one")
     model.find_weights(net)  # refuses a folder without a model, before other names are made of its name
-    held_out = model.settings(net).get("held_out", data.HELD_OUT)
+    held_out = model.settings(net).get("held_out", HELD_OUT)
     return replace(common.for_device(cfg, ranks.device),
                    model=net,
                    data=cfg.data or str(Path(cfg.model).parent / "agg_0"),
@@ -226,4 +231,4 @@ def preview(cfg, rollouts: data.Clips, coder):
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

@@ -28,19 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-import torch.distributed as dist
-
-import common
-import data
-import diffusion
-import locate
-import lora
-import model
-import t5
-import vae
-from common import UserError, print0
-from prompts import read_prompts, texts_and_times
+from flags import Dtype, Solver, parse
 
 CHUNK = 3  # latent frames
 KEEP = 12  # latent frames that begin the next window
@@ -79,7 +67,7 @@ class Config:
     # ODE solver. unipc steps at the noise levels of Wan2.1's and Self-Forcing's own code, unipc-diffusers at
     # those of diffusers. renoise is for models distilled to a few steps, such as Self-Forcing's and
     # CausVid's, which their files do not tell
-    solver: Literal[*diffusion.SOLVERS] = "euler"
+    solver: Solver = "euler"
     # Noise levels t of the steps with --solver renoise, in place of --steps and --shift: 1000,757,522 for
     # CausVid's 3-step model (its 4-step model takes --shift 8)
     levels: str | None = None
@@ -112,9 +100,26 @@ class Config:
     log_drift: bool = False  # Write mean, deviation and outliers of each chunk's latents to NAME.jsonl
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
 
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import diffusion
+import locate
+import lora
+import model
+import t5
+import vae
+from common import UserError, print0
+from prompts import read_prompts, texts_and_times
 
 # the flags that determine a video; its tags hold them, and --like reads them from there
 RECIPE = {f.name for f in dataclasses.fields(Config)} - {
@@ -478,4 +483,4 @@ def sampling(cfg: Config) -> diffusion.Sampling:
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

@@ -20,14 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from sentencepiece import SentencePieceTrainer
-
-import common
-import data
-import model
-import t5
-import vae
+from flags import parse
 
 SHAPES = ("disc", "ring", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -46,6 +39,19 @@ class Config:
     seed: int = 0  # Seed of the clips
     train_vae: bool = False  # Only train the tiny VAE anew, into toy_vae.safetensors: half an hour
     train_base: bool = False  # Only train the base model anew, into toy_base.safetensors: an hour
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+from sentencepiece import SentencePieceTrainer
+
+import common
+import data
+import model
+import t5
+import vae
 
 
 def main(cfg: Config):
@@ -323,4 +329,4 @@ def ship_base(models: list[Path]):
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

@@ -23,21 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-
-import checkpoint
-import common
-import data
-import diffusion
-import locate
-import lora
-import model
-import vae
-from checkpoint import State, checkpoints, whole
-from common import UserError, print0
-from history import HISTORIES, draw_level
+from flags import HELD_OUT, Dtype, parse
 
 CHUNK = 3  # latent frames
 NOISE_BINS = 10  # the loss is logged by noise level too, in bins of 100
@@ -60,7 +46,7 @@ class Config:
     wan: str | None = None
     # df: diffusion forcing; tf: teacher forcing, where a chunk sees its clean past; rf: Resampling Forcing,
     # where it sees the model's own version of its past; full: bidirectional, one noise level for a clip
-    mode: Literal[*HISTORIES] = "df"
+    mode: Literal["df", "tf", "rf", "full"] = "df"
     steps: int = 16000  # Optimiser steps in all
     batch: int = 96  # Clips per step, over all GPUs
     micro: int = 1  # Clips that a GPU computes at once; changes memory and speed, not what is trained
@@ -85,7 +71,7 @@ class Config:
     # Weight of the loss by noise level. bell: largest at 500, zero at 1000
     loss_weight: Literal["flat", "bell"] = "flat"
     # Seed clips kept out of training and rollouts; their loss can be compared between rounds
-    held_out: int = data.HELD_OUT
+    held_out: int = HELD_OUT
     # Mode rf. ar: the past is resampled chunk by chunk, each behind resampled ones; parallel: behind clean
     # ones; noise: the past is only noised
     rf_history: Literal["ar", "parallel", "noise"] = "ar"
@@ -109,8 +95,28 @@ class Config:
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the matrix products; trained weights stay float32 (default: bfloat16 on a GPU, else
     # float32)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     device: str | None = None  # cuda or cpu (default: cuda if available)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    cfg = parse(Config, __doc__)
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import checkpoint
+import common
+import data
+import diffusion
+import locate
+import lora
+import model
+import vae
+from checkpoint import State, checkpoints, whole
+from common import UserError, print0
+from history import HISTORIES, draw_level
 
 
 def main(cfg: Config):
@@ -738,4 +744,4 @@ def stop_if_broken(cfg, samples, state, ranks):
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    common.run(main, cfg)

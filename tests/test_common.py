@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,14 +12,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from worlds import call, umask
+from worlds import ROOT, call, umask
 
+import bench
 import common
+import diffusion
+import flags
+import history
+import train_df
 
 
 @dataclass
 class Flags:
-    videos: tuple[str, ...] = common.positional()  # folders of videos
+    videos: tuple[str, ...] = flags.positional()  # folders of videos
     out: str  # where to
     lr: float = 4e-6  # step size, not 100%
     # one of two
@@ -28,7 +36,7 @@ class Flags:
 
 
 def parse(*argv):
-    return common.parse_args(Flags, "What it does.\n\n    python it.py --out x", list(argv))
+    return flags.parse(Flags, "What it does.\n\n    python it.py --out x", list(argv))
 
 
 def test_flags():
@@ -60,17 +68,17 @@ def test_help_is_complete(capsys):
 
 
 SCRIPT = """
-import sys, common
+import sys, common, flags
 from dataclasses import dataclass
 @dataclass
 class Flags:
     what: str = "error"  # what to do
-def main(flags):
-    if flags.what == "error":
+def main(cfg):
+    if cfg.what == "error":
         raise common.UserError("7 is not a multiple of 4; use 8")
     ranks = common.start_ranks("cpu")
     common.print0(f"rank {ranks.rank} of {ranks.world} on {ranks.device}")
-common.run(main, Flags, "a script")
+common.run(main, flags.parse(Flags, "a script"))
 """
 
 
@@ -154,3 +162,21 @@ def test_neighbours():
     assert common.neighbour("rollout_9/", "agg", "out", later=1) == "agg_10"
     with pytest.raises(common.UserError, match="run/data does not end in .*; give --out DIR"):
         common.neighbour("run/data", "model", "out")
+
+
+def test_help_answers_before_torch_is_imported():
+    stages = "toy prepare train_df rollout aggregate sample eval_drift bench".split()
+    code = ("import runpy, sys\n"
+            "for stage in sys.argv[1:]:\n"
+            "    sys.argv = [stage + '.py', '--help']\n"
+            "    try: runpy.run_path(stage + '.py', run_name='__main__')\n"
+            "    except SystemExit as done: assert done.code == 0, stage\n"
+            "    assert 'torch' not in sys.modules, stage\n")
+    subprocess.run([sys.executable, "-c", code, *stages], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_flags_offer_what_there_is():
+    """Their choices are spelled out, since they are parsed before these tables are imported."""
+    assert typing.get_args(flags.Solver) == tuple(diffusion.SOLVERS)
+    assert typing.get_args(typing.get_type_hints(train_df.Config)["mode"]) == tuple(history.HISTORIES)
+    assert typing.get_args(typing.get_type_hints(bench.Config)["model"]) == tuple(bench.MODELS)

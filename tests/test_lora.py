@@ -18,6 +18,7 @@ import sample
 import toy
 import train_df
 from common import UserError
+from flags import parse
 
 RANK = 3
 SIZES = dict(dim=32, ffn_dim=48, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=24, text_len=8)
@@ -371,6 +372,6 @@ def test_a_rank_of_nothing_is_refused(world, tmp_path):
 
 
 def test_the_flag_may_be_given_several_times():
-    cfg = common.parse_args(train_df.Config, "", "--data d --lora a:2 b --lora c".split())
+    cfg = parse(train_df.Config, "", "--data d --lora a:2 b --lora c".split())
     assert cfg.lora == ("a:2", "b", "c")
-    assert common.parse_args(train_df.Config, "", ["--data", "d"]).lora == ()
+    assert parse(train_df.Config, "", ["--data", "d"]).lora == ()

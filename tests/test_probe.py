@@ -12,6 +12,7 @@ import common
 import data
 import diffusion
 import eval_drift
+import flags
 import model
 import probe
 import toy
@@ -85,7 +86,7 @@ def test_probes_take_clips_that_no_training_saw(tmp_path):
     def chosen(recorded, **changes):
         (tmp_path / "config.json").write_text(json.dumps(recorded))
         return probe.unseen_clips(str(tmp_path), settings(tmp_path / "agg_1", **changes), store)
-    assert chosen({}) == data.held_out(store, data.HELD_OUT)[:16]
+    assert chosen({}) == data.held_out(store, flags.HELD_OUT)[:16]
     assert chosen({"held_out": 3}) == data.held_out(store, 3) and len(chosen({"held_out": 3}, clips=2)) == 2
     assert chosen({"held_out": 3}, held_out=5) == data.held_out(store, 5)
     for recorded, changes in (({"held_out": 0}, {}), ({}, {"held_out": 0})):

@@ -16,6 +16,7 @@ from worlds import call, read_video, run_stage, tiny_model
 import common
 import data
 import diffusion
+import flags
 import model
 import sample
 import t5
@@ -424,7 +425,7 @@ def test_like_heeds_flags_given_at_their_defaults(make):
     make(prompt="a red disc", guidance=3.0)
     like = "videos/0000-a-red-disc.mp4"
     for given, kept in ((["--guidance", "6"], 6.0), ([], 3.0)):
-        cfg = common.parse_args(sample.Config, "", ["--like", like, *given])
+        cfg = flags.parse(sample.Config, "", ["--like", like, *given])
         cfg = sample.settle(cfg, sample.read_recipe(like))
         assert (cfg.guidance, cfg.steps) == (kept, 1)
 

@@ -7,6 +7,7 @@ import torch
 
 import common
 import data
+import flags
 import model
 import t5
 import toy
@@ -152,7 +153,7 @@ def test_the_shipped_base_is_what_its_command_makes(tmp_path):
     recorded = common.open_weights(toy.BASE_FILE)[1]
     trainings = [list(training) for training in toy.BASE_TRAININGS]
     assert recorded["mode"] == toy.BASE_MODE and recorded["trainings"] == trainings
-    held_out = set(data.permutation(toy.BASE_CLIPS, "held out", 0)[:data.HELD_OUT].tolist())
+    held_out = set(data.permutation(toy.BASE_CLIPS, "held out", 0)[:flags.HELD_OUT].tolist())
     trained = [i for i in range(toy.BASE_CLIPS) if i not in held_out]
     touched = held_out | {trained[data.sample_order(len(trained), 0, place)] for place in range(100 * 16)}
     toy.prepare_base(tmp_path, sorted(touched))
