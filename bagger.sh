@@ -68,12 +68,12 @@ if [ "$nodes" = 1 ]; then   # a free port, so that two runs can share a machine
 fi
 export PET_RDZV_CONF=${PET_RDZV_CONF:-timeout=43200}
 all() {
-    if [ "$NPROC" = 1 ] && [ "$nodes" = 1 ]; then one "$@"
+    if [ "$nodes" = 1 ] && { [ "$NPROC" = 1 ] || ! [ "$WAN" ]; }; then
+        RANKS=$NPROC one "$@"   # on a CPU a stage forks itself, which starts faster than torchrun
     else OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PET_MASTER_PORT=$port "$PYTHON" -m torch.distributed.run \
         --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
     port=$((port + 1))
 }
-train() { if [ "$WAN" ]; then all train_df.py "$@"; else one train_df.py "$@"; fi; }  # a toy: one process
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 mkdir -p "$OUT"
@@ -95,7 +95,7 @@ all prepare.py --videos "$VIDEOS" --wan "$base" --out "$OUT/agg_0" --seed "$SEED
 init=$base
 for ((k = 0; k <= ROUNDS; k++)); do
     stage "round $k of $ROUNDS: train model_$k"
-    train --data "$OUT/agg_$k" --init "$init" --out "$OUT/model_$k" $TRAIN --steps "$STEPS" --seed "$SEED"
+    all train_df.py --data "$OUT/agg_$k" --init "$init" --out "$OUT/model_$k" $TRAIN --steps "$STEPS" --seed "$SEED"
     if [ "$INIT" = previous ]; then init=$OUT/model_$k; fi
     if ((k < ROUNDS)); then
         stage "round $k of $ROUNDS: roll model_$k out"

@@ -24,27 +24,33 @@ import torch.distributed.nn  # imported later, its default arguments would keep 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import forked
 from flags import UserError
 
 
 def run(main, cfg):
     """A stage's last line: run main(cfg), show what the user can mend in a line."""
+    status, words = 0, ""
     try:
-        sys.exit(main(cfg))
+        status = main(cfg) or 0
     except (UserError, OSError) as error:  # an OSError says what is wrong with which file
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        status, words = 1, f"{Path(sys.argv[0]).name}: {error}\n"
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            # FSDP's caches keep the group, and so gloo's threads. One that has yet to let go of a tensor when
-            # Python shuts down aborts the process; it takes microseconds, once it gets Python's lock
-            time.sleep(0.1)
+        status = 130
+    except RuntimeError:  # another rank's end breaks what this one shares with it
+        if not forked.one_has_ended():
+            raise
+    status = forked.end(status, words)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # FSDP's caches keep the group, and so gloo's threads. One that has yet to let go of a tensor when
+        # Python shuts down aborts the process; it takes microseconds, once it gets Python's lock
+        time.sleep(0.1)
+    sys.exit(status)
 
 
 # ----------------------------------------------------------------------------------------------------
-# ranks: torchrun's environment or one process, through the same code
+# ranks: torchrun's, those that a stage forks, or one process, through the same code
 
 class Ranks(NamedTuple):
     rank: int
@@ -53,7 +59,8 @@ class Ranks(NamedTuple):
 
 
 def start_ranks(device: str | None = None) -> Ranks:
-    """Join torchrun's process group, or make one of a single process. device None: a GPU if there is one."""
+    """Joins torchrun's process group or makes one, on a CPU of $RANKS processes. device None: a GPU if there
+    is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -61,11 +68,21 @@ def start_ranks(device: str | None = None) -> Ranks:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    if "RANK" in os.environ:  # ranks that share out clips may be done hours apart
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    patience = timedelta(hours=12)  # ranks that share out clips may be done hours apart
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        count = ranks_wanted() if device == "cpu" else 1
+        rank, store = forked.fork(count) if count > 1 else (0, dist.HashStore())
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def ranks_wanted() -> int:
+    value = os.environ.get("RANKS", "1")
+    if not re.fullmatch("[1-9][0-9]{0,3}", value):
+        raise UserError(f"RANKS={value}: it is the number of processes to run on this CPU")
+    return int(value)
 
 
 def for_device(cfg, device: torch.device):

@@ -92,6 +92,9 @@ class Config:
     wandb: str = ""  # Weights & Biases project to log to as well
     # Recompute activations in the backward pass, to save memory (default: on a GPU)
     recompute: bool | None = None
+    # Spread weights, gradients and moments over the ranks, instead of a whole copy on each (default: with
+    # several ranks, and more than 100 million weights)
+    shard: bool | None = None
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the matrix products; trained weights stay float32 (default: bfloat16 on a GPU, else
     # float32)
@@ -104,7 +107,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 import checkpoint
 import common
@@ -165,13 +167,15 @@ def train_step(cfg, state, micro, step: int, ranks):
     count = math.ceil(cfg.batch // ranks.world / cfg.micro)
     for k in range(count):
         batch = next(micro)[1].to(ranks.device)
-        if ranks.world > 1:  # gradients travel once, with the last
+        if cfg.shard:  # gradients travel once, with the last
             state.net.set_requires_gradient_sync(k == count - 1)
         error = errors(cfg, state.net, batch)                                              # [B, F]
         loss = clip_losses(error, batch.weight)                                            # [B]
         # the mean over the global batch, since gradients are averaged over ranks
         (loss.sum() * ranks.world / cfg.batch).backward()
         tally(state.totals, error.detach(), loss.detach(), batch)
+    if ranks.world > 1 and not cfg.shard:
+        average([p.grad for p in state.weights.values()], ranks)
     norm = whole(torch.nn.utils.clip_grad_norm_(state.weights.values(), cfg.clip, foreach=True))
     # a norm that is not finite stops the weights where they are, now and for good, without asking the device
     state.broken.copy_(torch.where((state.broken < 0) & ~norm.isfinite(), step, state.broken))
@@ -183,6 +187,14 @@ def train_step(cfg, state, micro, step: int, ranks):
         with torch.no_grad():  # else the average would drag along a graph of all steps
             torch._foreach_lerp_(state.ema, list(state.weights.values()), 1 - decay)
     return norm
+
+
+def average(gradients: list[torch.Tensor], ranks):
+    """Over the ranks, in one message."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / ranks.world).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def errors(cfg, net, batch) -> torch.Tensor:
@@ -362,7 +374,7 @@ def shares(cfg, ranks, first: int):
 # what may differ when a run goes on: where, how fast and how far it runs, and what it shows
 CHANGEABLE = {"data", "init", "lora", "out", "wan", "steps", "micro", "log_every", "eval_every",
               "preview_every", "previews", "guidance", "save_every", "keep", "skip_bad", "wandb", "recompute",
-              "compile", "device"}
+              "shard", "compile", "device"}
 
 
 def complete(cfg: Config, ranks) -> Config:
@@ -372,7 +384,14 @@ def complete(cfg: Config, ranks) -> Config:
     out = cfg.out or common.neighbour(cfg.data, "model", "out")
     wan = str(Path(locate.local(cfg.wan or made_with, "vae")).resolve())
     cfg = dataclasses.replace(cfg, init=locate.local(cfg.init or made_with, "transformer"), out=out, wan=wan)
-    return common.for_device(dataclasses.replace(cfg, route=route_of(cfg)), ranks.device)
+    cfg = dataclasses.replace(cfg, route=route_of(cfg), shard=sharded(cfg, ranks))
+    return common.for_device(cfg, ranks.device)
+
+
+def sharded(cfg: Config, ranks) -> bool:
+    if ranks.world == 1 or cfg.shard is not None:
+        return ranks.world > 1 and cfg.shard
+    return sum(math.prod(w.shape) for w in model.read_checkpoint(cfg.init, cfg.lora)[0].values()) > 1e8
 
 
 def route_of(cfg: Config) -> int | None:
@@ -465,7 +484,8 @@ def begin(cfg, samples, ranks) -> State:
         lora.attach(net, cfg.lora_rank, cfg.seed)
     net.checkpointing = cfg.recompute
     net.route = cfg.route
-    shard(net, ranks)
+    if cfg.shard:
+        shard(net, ranks)
     if cfg.mode != "full":
         model.check_causal(net)
     if cfg.compile:
@@ -484,8 +504,7 @@ def begin(cfg, samples, ranks) -> State:
 
 def shard(net, ranks):
     """FSDP2: all state is spread over the ranks, and weights are gathered a block at a time."""
-    if ranks.world == 1:
-        return
+    from torch.distributed.fsdp import fully_shard  # takes a second, which no small training should wait for
     mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
     for part in (*net.blocks, net):  # what stayed gathered would miss the swap to averaged weights
         fully_shard(part, mesh=mesh, reshard_after_forward=True)

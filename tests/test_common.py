@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from worlds import ROOT, call, umask
+from worlds import ENV, ROOT, call, umask
 
 import bench
 import common
@@ -68,7 +69,7 @@ def test_help_is_complete(capsys):
 
 
 SCRIPT = """
-import sys, common, flags
+import os, sys, common, flags, torch
 from dataclasses import dataclass
 @dataclass
 class Flags:
@@ -78,6 +79,14 @@ def main(cfg):
         raise common.UserError("7 is not a multiple of 4; use 8")
     ranks = common.start_ranks("cpu")
     common.print0(f"rank {ranks.rank} of {ranks.world} on {ranks.device}")
+    if ranks.world > 1 and cfg.what != "start":
+        if cfg.what == "all":
+            raise common.UserError("no such folder")
+        if cfg.what == f"error {ranks.rank}":
+            raise common.UserError(f"rank {ranks.rank} cannot read a.mp4")
+        if cfg.what == f"kill {ranks.rank}":
+            os.kill(os.getpid(), 9)
+        torch.distributed.barrier()
 common.run(main, flags.parse(Flags, "a script"))
 """
 
@@ -162,6 +171,19 @@ def test_neighbours():
     assert common.neighbour("rollout_9/", "agg", "out", later=1) == "agg_10"
     with pytest.raises(common.UserError, match="run/data does not end in .*; give --out DIR"):
         common.neighbour("run/data", "model", "out")
+
+
+def test_forked_ranks_end_as_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for what, code, said in (("start", 0, ""), ("all", 1, "script.py: no such folder\n"),
+                             ("error 0", 1, "script.py: rank 0 cannot read a.mp4\n"),
+                             ("error 1", 1, "script.py: rank 1 cannot read a.mp4\n"),
+                             ("kill 1", 137, r"process \d+ was ended by signal 9; .*\n")):
+        done = call(script, "--what", what, code=code, env=ENV | {"RANKS": "2"})
+        assert done.stdout == "rank 0 of 2 on cpu\n" and re.fullmatch(said, done.stderr), (what, done.stderr)
+    assert "RANKS=two: it is the number" in call(script, "--what", "start", code=1,
+                                                 env=ENV | {"RANKS": "two"}).stderr
 
 
 def test_help_answers_before_torch_is_imported():

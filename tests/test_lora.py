@@ -354,7 +354,7 @@ def test_two_ranks_train_the_same(world, tmp_path):
     """With a base in bfloat16, which is spread over the ranks beside fp32 matrices."""
     cfg = dict(dtype="bfloat16", micro=1, ema=0.5)
     one = load_file(train(world, out=str(tmp_path / "one"), **cfg) / locate.ADAPTER)
-    fork_ranks(2, lambda: train(world, out=str(tmp_path / "two"), **cfg))
+    fork_ranks(2, lambda: train(world, out=str(tmp_path / "two"), shard=True, **cfg))
     two = load_file(tmp_path / "two" / locate.ADAPTER)
     for name, value in one.items():
         assert relative(two[name], value) < 0.1, name

@@ -260,9 +260,9 @@ def test_micro_batches_change_nothing(world, reference, tmp_path):
 
 
 def test_ranks_change_nothing(world, reference, tmp_path):
-    """Begun by 2 processes, gone on by 1, ended by 3."""
+    """Begun by 2 processes that share the state, gone on by 1, ended by 3 that have whole copies."""
     for ranks, steps in ((2, 2), (1, 4), (3, 6)):
-        cfg = full_config(world, tmp_path / "out", steps=steps, recompute=ranks == 2)
+        cfg = full_config(world, tmp_path / "out", steps=steps, recompute=ranks == 2, shard=ranks == 2)
         printed = call("train_df.py", *flags_of(cfg), ranks=ranks).stdout
         assert (f"going on from step {steps - 2}" in printed) == (steps > 2)
     held = [line for line in lines(tmp_path / "out") if "held_out" in line]
