@@ -401,8 +401,9 @@ class WanModel(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(*x.shape[:2], -1, height, width)
 
     def context(self, text):
-        """The prompt's embedding. Padding is embedded and attended to like words, as when Wan was trained."""
-        return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])))
+        """The prompt's embedding. Padding is embedded and attended to like words, as when Wan was trained. In
+        fp32, so that the gradients of all blocks add up alike in any order."""
+        return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))).float()
 
     def new_cache(self, batch: int, frames: int, height: int, width: int) -> "Cache":
         return Cache(self, batch, frames, height, width)
