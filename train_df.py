@@ -458,18 +458,31 @@ def finished(cfg, samples, ranks) -> bool:
 
 def begin(cfg, samples, ranks) -> State:
     """The network, spread over the ranks, and its optimiser."""
+    net = set_up(cfg, model.load(cfg.init, ranks.device, *formats(cfg), cfg.lora), ranks)
+    if cfg.mode != "full":
+        model.check_causal(net)
+    if cfg.compile:
+        net.compile_blocks()
+    return new_state(cfg, net, samples.sizes(None), ranks)
+
+
+def formats(cfg) -> tuple[torch.dtype, torch.dtype]:
+    """In which the weights of products are stored, and in which products are computed."""
     compute = getattr(torch, cfg.dtype)
-    net = model.load(cfg.init, ranks.device, compute if cfg.lora_rank else torch.float32, compute, cfg.lora)
+    return compute if cfg.lora_rank else torch.float32, compute
+
+
+def set_up(cfg, net, ranks) -> model.WanModel:
     net.train()
     if cfg.lora_rank:
         lora.attach(net, cfg.lora_rank, cfg.seed)
     net.checkpointing = cfg.recompute
     net.route = cfg.route
     shard(net, ranks)
-    if cfg.mode != "full":
-        model.check_causal(net)
-    if cfg.compile:
-        net.compile_blocks()
+    return net
+
+
+def new_state(cfg, net, sizes, ranks) -> State:
     weights = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
@@ -477,8 +490,7 @@ def begin(cfg, samples, ranks) -> State:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     ema = [p.detach().clone() for p in weights.values()] if cfg.ema else []
-    columns = NOISE_BINS + len(samples.sizes(None)) + 2
-    totals = torch.zeros(2, columns, dtype=torch.float64, device=ranks.device)
+    totals = torch.zeros(2, NOISE_BINS + len(sizes) + 2, dtype=torch.float64, device=ranks.device)
     return State(net, weights, optimizer, ema, totals, torch.full((), -1, device=ranks.device))
 
 
