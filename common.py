@@ -87,7 +87,7 @@ def ranks_wanted() -> int:
 
 def for_device(cfg, device: torch.device):
     """The Config with the defaults that depend on the device. On a GPU: bfloat16, and compiled blocks."""
-    gpu = device.type == "cuda"
+    gpu = device.type != "cpu"
     defaults = {"dtype": "bfloat16" if gpu else "float32", "compile": gpu, "recompute": gpu}
     open_flags = {name for name in defaults if getattr(cfg, name, "absent") is None}
     return dataclasses.replace(cfg, **{name: defaults[name] for name in open_flags})

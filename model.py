@@ -128,7 +128,7 @@ def compiled_flex():
 
 
 def flex_on(x):
-    return compiled_flex() if x.is_cuda else None
+    return None if x.is_cpu else compiled_flex()
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,7 +137,7 @@ def block_mask(layout: tuple, device: torch.device, block: int = 128) -> BlockMa
     """The layout as flex_attention takes it, in closed form: at 65,536 tokens a dense mask would be 4 GB."""
     length = layout[-1][1]
     spans = torch.tensor(layout)                                                           # [chunks, 3]
-    rows = spans.repeat_interleave(spans[:, 1] - spans[:, 0], dim=0).unbind(1)
+    rows = spans.repeat_interleave(spans[:, 1] - spans[:, 0], dim=0, output_size=length).unbind(1)
     first, last, past = rows                                                               # [L] each
 
     def extremes(x):  # minimum and maximum over each block of rows
@@ -371,7 +371,7 @@ class WanModel(nn.Module):
         if self.route and routing.most_past(layout) > self.route:
             attend = functools.partial(routing.attention, layout=layout, route=self.route, flex=flex_on(h))
         else:
-            mask = block_mask(layout, h.device) if h.is_cuda and len(layout) > 1 else None
+            mask = None if h.is_cpu or len(layout) == 1 else block_mask(layout, h.device)
             attend = functools.partial(attention, layout=layout, mask=mask)
         context = self.context(text)
         for block in self.blocks:
@@ -401,8 +401,9 @@ class WanModel(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(*x.shape[:2], -1, height, width)
 
     def context(self, text):
-        """The prompt's embedding. Padding is embedded and attended to like words, as when Wan was trained."""
-        return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])))
+        """The prompt's embedding. Padding is embedded and attended to like words, as when Wan was trained. In
+        fp32, so that the gradients of all blocks add up alike in any order."""
+        return self.text_embedding(F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))).float()
 
     def new_cache(self, batch: int, frames: int, height: int, width: int) -> "Cache":
         return Cache(self, batch, frames, height, width)

@@ -170,7 +170,7 @@ def keys_of_chunks(layout, keys: int, block: int, device):
     up, so that not every chunk that is cached compiles a kernel of its own; the last column is nobody's."""
     columns = -(-(len(layout) + 1) // 32) * 32
     sizes = torch.tensor([last - first for first, last, _ in layout])
-    chunk_of = torch.arange(len(layout)).repeat_interleave(sizes)
+    chunk_of = torch.arange(len(layout)).repeat_interleave(sizes, output_size=layout[-1][1])
     chunk_of = F.pad(chunk_of, (0, keys + -keys % block - len(chunk_of)), value=columns - 1)
     held = F.one_hot(chunk_of.view(-1, block), columns).amax(1).float().T
     return chunk_of[:keys].to(device), held.to(device)
