@@ -75,6 +75,7 @@ def start_ranks(device: str | None = None) -> Ranks:
         count = ranks_wanted() if device == "cpu" else 1
         rank, store = forked.fork(count) if count > 1 else (0, dist.HashStore())
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
+    dist.all_reduce(torch.zeros(1))  # on the CPU: all are connected before any can end, which would break the others
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
