@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from flags import Dtype, parse
+from flags import Device, Dtype, in_range, parse
 
 CHUNK = 3  # latent frames; the first chunk of a rollout is real
 TEMPLATE = "A reversed video of {}"
@@ -46,7 +46,9 @@ class Config:
     paste_real: str | None = None
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -56,6 +58,7 @@ import torch
 
 import common
 import data
+import files
 import sources
 import t5
 import vae
@@ -130,7 +133,7 @@ def finish(clips, entries, store, ranks):
     """D_agg <- D_agg + D_k, the end of a round in Algorithm 1: an index of the clips so far, which stay where
     they are, and of the new ones."""
     if ranks.rank == 0:
-        with common.replacing(store.folder / "empty.safetensors") as temporary:
+        with files.replacing(store.folder / "empty.safetensors") as temporary:
             shutil.copyfile(clips.empty_prompt(), temporary)
     here = store.folder.resolve()
     so_far = (clip | {"file": os.path.relpath(clips.locate(clip), here)} for clip in clips)

@@ -20,6 +20,7 @@ WAN=${WAN:-}                # a Wan2.1 directory; none: the toy world
 VIDEOS=${VIDEOS:-}          # videos with captions, as prepare.py takes them
 SEED=${SEED:-0}
 INIT=${INIT:-base}          # what every round's training begins with: base (the paper) or previous
+refuse() { echo "bagger.sh: $*" >&2; exit 2; }
 PREPARE=${PREPARE:-} ROLLOUT=${ROLLOUT:-} AGGREGATE=${AGGREGATE:-} SAMPLE=${SAMPLE:-} EVAL=${EVAL:-}
 if [ "$WAN" ]; then
     OUT=${OUT:-run}
@@ -29,9 +30,8 @@ if [ "$WAN" ]; then
     TRAIN=${TRAIN:-} MAKE=${MAKE:-}
     BASELINES=${BASELINES-1}    # also the seed model with the paper's two other ways to sample; empty: not
     PROMPTS=${PROMPTS:-$here/prompts.txt}
-    refuse() { echo "bagger.sh: $*" >&2; exit 1; }
     [ -d "$WAN" ] || refuse "WAN: no such folder: $WAN"
-    [ "$VIDEOS" ] || refuse "VIDEOS is missing: a folder of videos with captions, or a .csv or .jsonl list"
+    [ "$VIDEOS" ] || refuse "VIDEOS is missing: videos with captions: a folder, a list (.jsonl .csv .parquet) or .tar shards"
 elif [ "${QUICK:-}" ]; then
     OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=9
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
@@ -76,7 +76,7 @@ all() {
 }
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-mkdir -p "$OUT"
+mkdir -p "$OUT" || refuse "OUT: $OUT cannot be made"
 if [ "$WAN" ]; then
     base=$WAN
     one bench.py plan --wan "$WAN" --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --nproc "$NPROC" \

@@ -23,43 +23,45 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from flags import Dtype, parse, positional
+from flags import Count, Device, Dtype, Seconds, Size, Whole, in_range, parse, positional
 
 
 @dataclass
 class Config:
     # What to measure; plan: the cost of a run of bagger.sh
     what: Literal["vae", "train", "modes", "generate", "history", "plan"] = positional()
-    width: int = 32  # Base width of the VAE (vae); Wan2.1's is 96
+    width: Count = 32  # Base width of the VAE (vae); Wan2.1's is 96
     model: Literal["toy", "wide", "1.3B"] = "toy"  # Size of the transformer; its weights are random
-    frames: int = 33  # Frames of a video, 4n+1
-    size: str = "128x128"  # Size of a video, WIDTHxHEIGHT
-    batch: int = 16  # Clips per training step, or videos generated at once (generate, history)
-    micro: int = 16  # Clips per forward and backward pass (train, modes)
-    steps: int = 10  # Solver steps per chunk (generate, history)
-    route: int = 5  # Past chunks that a query attends to where history is routed (history)
-    sink: int = 1  # Chunks that stay in a rolling window (history)
-    window: int = 21  # Latent frames of this window (history)
-    repeats: int = 5  # Repetitions of each measurement, of which the median is shown
-    soak: int = 200  # Further steps over which the growth of memory is measured (train)
+    frames: Count = 33  # Frames of a video, 4n+1
+    size: Size = "128x128"  # Size of a video, WIDTHxHEIGHT
+    batch: Count = 16  # Clips per training step, or videos generated at once (generate, history)
+    micro: Count = 16  # Clips per forward and backward pass (train, modes)
+    steps: Count = 10  # Solver steps per chunk (generate, history)
+    route: Count = 5  # Past chunks that a query attends to where history is routed (history)
+    sink: Count = 1  # Chunks that stay in a rolling window (history)
+    window: Count = 21  # Latent frames of this window (history)
+    repeats: Count = 5  # Repetitions of each measurement, of which the median is shown
+    soak: Whole = 200  # Further steps over which the growth of memory is measured (train)
     wan: str = ""  # Plan: the Wan directory that training starts from
     videos: str = ""  # Plan: the videos to train on, as for prepare.py
     out: str = "run"  # Plan: the folder of the run, on the disk that must hold it
-    rounds: int = 3  # Plan: rounds of rollouts and training
+    rounds: Count = 3  # Plan: rounds of rollouts and training
     prompts: str = "prompts.txt"  # Plan: prompts of the videos to make with each model
-    seconds: float = 50.0  # Plan: length of these videos
+    seconds: Seconds = 50.0  # Plan: length of these videos
     # Plan: also make the seed model's videos with noised context and with history guidance
     baselines: bool = False
     nproc: str = "gpu"  # Plan: processes on each machine, or gpu for one per GPU
-    nodes: int = 1  # Plan: number of machines
+    nodes: Count = 1  # Plan: number of machines
     prepare: str = ""  # Plan: further flags for prepare.py, in one string
     train: str = ""  # Plan: further flags for train_df.py
     rollout: str = ""  # Plan: further flags for rollout.py
     aggregate: str = ""  # Plan: further flags for aggregate.py
     sample: str = ""  # Plan: further flags for sample.py
     eval: str = ""  # Plan: further flags for eval_drift.py
-    device: str = "cpu"  # Device to measure on: cpu, cuda or cuda:N
+    device: Device = "cpu"  # Device to measure on: cpu, cuda or cuda:N
     dtype: Dtype = "float32"  # Data type of weights and activations
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -73,6 +75,7 @@ import common
 import data
 import diffusion
 import eval_drift
+import files
 import locate
 import metrics
 import model
@@ -107,9 +110,8 @@ def cpu():
 
 
 def size(cfg) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(\d+)x(\d+)", cfg.size)):
-        raise UserError(f"--size {cfg.size}: must be WIDTHxHEIGHT, like 128x128")
-    return int(match[1]), int(match[2])
+    width, height = cfg.size.split("x")
+    return int(width), int(height)
 
 
 def latent_shape(cfg) -> tuple[int, ...]:
@@ -370,7 +372,7 @@ def plan(cfg: Config):
     kept = common.read_json(file) if file.exists() else {}
     if kept.get("inputs") != inputs:
         kept = {"inputs": inputs, "stages": {stage: measured(stage, facts) for stage in STAGES}}
-        common.write_text(file, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        files.write_text(file, files.as_json(kept, indent=1) + "\n")
     show(cfg, facts, kept["stages"])
     print_missing(missing)
     check_disk(cfg, sum(disk for disk, _ in kept["stages"].values()))

@@ -1,6 +1,5 @@
 """What every stage shares and the method does not care about: flags, ranks, seeds, safe files, weights."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,8 +7,10 @@ import json
 import os
 import re
 import resource
+import shlex
 import sys
 import time
+import traceback
 import zipfile
 from collections import deque
 from collections.abc import Callable
@@ -24,22 +25,30 @@ import torch.distributed.nn  # imported later, its default arguments would keep 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import files
 import forked
-from flags import UserError
+from files import UserError, as_json, replacing, write_text
 
+# ----------------------------------------------------------------------------------------------------
+# a stage's last line
 
 def run(main, cfg):
-    """A stage's last line: run main(cfg), show what the user can mend in a line."""
+    """A stage's last line: run main(cfg), show in a line or two what the user can mend, and ask for a report
+    of what is not."""
     status, words = 0, ""
     try:
         status = main(cfg) or 0
-    except (UserError, OSError) as error:  # an OSError says what is wrong with which file
-        status, words = 1, f"{Path(sys.argv[0]).name}: {error}\n"
     except KeyboardInterrupt:
         status = 130
-    except RuntimeError:  # another rank's end breaks what this one shares with it
-        if not forked.one_has_ended():
-            raise
+    except Exception as error:
+        said = explained(error)
+        if said is None or "--debug" in sys.argv:
+            traceback.print_exc()
+        command = files.plain(shlex.join(sys.argv))
+        bug = f"this is a defect; please report it, with the lines above and the command: {command}"
+        status = 1 if said is None else 2
+        words = "" if said == "" else f"{Path(sys.argv[0]).name}: {said or bug}\n"
+    files.release()
     status = forked.end(status, words)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -47,6 +56,21 @@ def run(main, cfg):
         # Python shuts down aborts the process; it takes microseconds, once it gets Python's lock
         time.sleep(0.1)
     sys.exit(status)
+
+
+def explained(error: Exception) -> str | None:
+    """What to tell the user about an error; None: it is a defect of the project."""
+    if isinstance(error, UserError | OSError):  # an OSError says what is wrong with which file
+        return "\n".join(map(files.plain, str(error).splitlines()))
+    text = first_line(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
+        return f"out of memory: {text}\nmake batches, --size or --frames smaller, or use more or larger GPUs"
+    if forked.others and forked.one_has_ended():  # this is what it does to us, and it says why it ended
+        return ""
+    lost = re.search("gloo|NCCL|connection|TCPStore|[Ss]ocket", text)
+    if isinstance(error, RuntimeError) and lost and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return "another process of this job has ended, and said why; the same command goes on from here"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -62,27 +86,34 @@ def start_ranks(device: str | None = None) -> Ranks:
     """Joins torchrun's process group or makes one, on a CPU of $RANKS processes. device None: a GPU if there
     is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    if device.startswith("cuda"):
+        number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise UserError(f"there is no cuda:{number}: torch sees {torch.cuda.device_count()} GPUs here")
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     patience = timedelta(hours=12)  # ranks that share out clips may be done hours apart
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        count = ranks_wanted() if device == "cpu" else 1
-        rank, store = forked.fork(count) if count > 1 else (0, dist.HashStore())
-        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
-    dist.all_reduce(torch.zeros(1))  # on the CPU: all are connected before any can end, which would break the others
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=patience)
+        else:
+            count = ranks_wanted() if device == "cpu" else 1
+            rank, store = forked.fork(count) if count > 1 else (0, dist.HashStore())
+            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=count)
+        dist.all_reduce(torch.zeros(1))  # one that ended early would break those that still connect
+    except (ValueError, dist.DistError) as error:
+        raise UserError(f"cannot join the other processes: {first_line(error)}\nstart with torchrun, or "
+                        "unset RANK") from error
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
 def ranks_wanted() -> int:
     value = os.environ.get("RANKS", "1")
     if not re.fullmatch("[1-9][0-9]{0,3}", value):
-        raise UserError(f"RANKS={value}: it is the number of processes to run on this CPU")
+        raise UserError(f"RANKS={value}: give the number of processes to run on this CPU")
     return int(value)
 
 
@@ -129,6 +160,27 @@ def share_of(ranks: Ranks) -> str:
     return f" on this rank, the first of {ranks.world}" if ranks.world > 1 else ""
 
 
+def lead(ranks: Ranks, function):
+    """Calls function() on rank 0 while the others wait. An error ends them all, and rank 0 says it."""
+    error = None
+    if ranks.rank == 0:
+        try:
+            function()
+        except (UserError, OSError) as problem:
+            error = problem
+    failed = [error is not None]
+    dist.broadcast_object_list(failed)
+    if error:
+        raise error
+    if failed[0]:
+        sys.exit(2)
+
+
+def own(folder, what: str, ranks: Ranks):
+    """Makes a folder this job's to write in; files.own says what it refuses."""
+    lead(ranks, lambda: files.own(folder, what))
+
+
 def batched(items: list, size: int) -> list[list]:
     return [items[first:first + size] for first in range(0, len(items), size)]
 
@@ -172,46 +224,20 @@ def rng(*names) -> torch.Generator:
 # ----------------------------------------------------------------------------------------------------
 # files: each appears whole or not at all
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary name beside path; what was written there takes path's place on success."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sweep(folder):
-    """Removes what killed processes left of files they were replacing, in a folder and below it."""
-    for file in Path(folder).rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", file.name):
-            file.unlink(missing_ok=True)
-
-
 def claim(file, recipe: dict, **about) -> bool:
     """file says how all in its folder is made: writes it (and, for people, about), or refuses a folder that
-    was begun by another recipe. True: it was begun before. What a killed process left half-written goes."""
+    was begun by another recipe. True: it was begun before."""
     file = Path(file)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        sweep(file.parent)
-        write_text(file, json.dumps(recipe | about, ensure_ascii=False, indent=1) + "\n")
+        write_text(file, as_json(recipe | about, indent=1) + "\n")
         return False
     before = read_json(file)
     for key, value in recipe.items():
         if before.get(key) != value:
             raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
                             "another --out, or remove it")
-    sweep(file.parent)
     return True
-
-
-def write_text(path, text: str):
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def fingerprint(*files) -> str:
@@ -238,13 +264,13 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], entries: dict[str, str]
     temporary files of unknown names when it is killed. Metadata is one JSON entry; entries: for other
     programs, further ones."""
     names = sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
-    about = {"json": json.dumps(metadata, ensure_ascii=False)} | (entries or {})
+    about = {"json": as_json(metadata)} | (entries or {})
     header, end = {"__metadata__": about}, 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
                         "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = as_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)

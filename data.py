@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -26,8 +25,10 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 import common
+import files
 import locate
-from common import UserError, open_weights, read_json, replacing, rng, save_tensors
+from common import UserError, open_weights, read_json, rng, save_tensors
+from files import as_json, plain, replacing
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
@@ -287,8 +288,8 @@ def writing(path, fps, tags: dict | None = None, crf: int = 18, preset: str = "m
         with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4",
                                                    container_options={"movflags": "+faststart"}) as container:
             # players show these two keys; what is set after the first packet would be lost
-            container.metadata["title"] = str(tags.get("prompt", ""))
-            container.metadata["comment"] = json.dumps(tags, ensure_ascii=False)
+            container.metadata["title"] = plain(str(tags.get("prompt", "")))
+            container.metadata["comment"] = as_json(tags)
             stream = None
             scaler = VideoReformatter()
 
@@ -484,13 +485,13 @@ def fingerprint(wan, network: str) -> str:
 
 def write_index(folder, entries: Iterable[dict]):
     """Replaces the index. Entries are written one by one: there may be 100,000s."""
-    with replacing(Path(folder) / "index.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+    with replacing(Path(folder, "index.jsonl")) as temporary, open(temporary, "w", encoding="utf-8") as f:
         for entry in entries:
             f.write(as_lines([entry]))
 
 
 def as_lines(entries: Iterable[dict]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    return "".join(as_json(entry) + "\n" for entry in entries)
 
 
 def index_entry(id: str, prompt: str, kind: str, round: int, source: str) -> dict:
@@ -506,11 +507,13 @@ class Writer:
         """meta: how all clips of the store are made. Refuses a folder begun with another meta."""
         self.folder = Path(folder)
         self.ranks = ranks
-        if ranks.rank == 0:
+
+        def begin():
+            files.own(folder, "clips")
             common.claim(self.folder / "meta.json", meta, command=sys.argv)
             for part in ("clips", "text"):
                 (self.folder / part).mkdir(exist_ok=True)
-        dist.barrier()
+        common.lead(ranks, begin)
 
     def has(self, id: str) -> bool:
         return clip_file(self.folder, id).exists()
@@ -560,7 +563,7 @@ class Writer:
         """Writes the index, once all ranks have written their clips."""
         dist.barrier()
         if self.ranks.rank == 0:
-            shutil.rmtree(self.folder / "text", ignore_errors=True)
+            files.remove_clips(self.folder / "text")
             write_index(self.folder, entries)
         dist.barrier()
 

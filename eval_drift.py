@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from flags import parse, positional
+from flags import Count, Device, Positive, Whole, in_range, parse, positional
 
 
 @dataclass
@@ -40,19 +40,21 @@ class Config:
     toy: bool = False
     extra: bool = False  # add local contrast and flicker
     # score every n-th frame by the metrics that need no weights; VBench's networks see every frame
-    stride: int = 4
-    batch: int = 32  # frames that a network computes at once; changes speed and memory, not the scores
+    stride: Count = 4
+    batch: Count = 32  # frames that a network computes at once; changes speed and memory, not the scores
     allow_skips: bool = False  # exit with status 0 even if videos were skipped
     model: tuple[str, ...] = ()  # folders of models to probe for exposure bias; needs --data
     data: str | None = None  # folder of clips (agg_k) whose held-out clips the probes use
     # seed clips in --data that were held out of training, to probe with (default: as recorded with the model)
-    held_out: int | None = None
-    clips: int = 16  # number of held-out clips to probe each model with, at most
+    held_out: Whole | None = None
+    clips: Count = 16  # number of held-out clips to probe each model with, at most
     wan: str | None = None  # Wan directory of the probes' VAE (default: the one that --data was encoded with)
-    steps: int = 20  # solver steps for each chunk in the probes
+    steps: Count = 20  # solver steps for each chunk in the probes
     guidance: float = 6.0  # guidance scale in the recovery probe; the loss probe works without guidance
-    shift: float = 8.0  # shift of the solver's noise levels in the probes
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    shift: Positive = 8.0  # shift of the solver's noise levels in the probes
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -108,15 +110,14 @@ DEFINITIONS = {
 
 def main(cfg: Config):
     ranks = common.start_ranks(cfg.device)
-    if bool(cfg.model) != bool(cfg.data) or min(cfg.stride, cfg.batch, cfg.clips) < 1:
-        raise UserError("--model and --data go together; --stride, --batch and --clips are at least 1")
+    if bool(cfg.model) != bool(cfg.data):
+        raise UserError("--model and --data go together")
     folders = name_methods(cfg.videos)
     if cfg.toy and folders.keys() & set(report.CONTROLS):
         raise UserError("with --toy, frozen and truth are the controls' names; give NAME=folder")
     out = Path(cfg.out)
-    (out / "scores").mkdir(parents=True, exist_ok=True)
-    if ranks.rank == 0:
-        common.sweep(out)  # no rank writes before find_videos, which waits for all ranks
+    common.own(cfg.out, "a report", ranks)
+    (out / "scores").mkdir(exist_ok=True)
     clips, skipped = find_videos(folders, cfg.toy, ranks)
     require(clips, skipped)
     print0(f"{len(clips)} videos in {', '.join(folders)}; {len(skipped)} skipped")

@@ -4,7 +4,6 @@ They have torch imported already and need no launcher, so they start in no time,
 anybody. They end with the first of them, whose exit code is that of all.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -13,6 +12,8 @@ import sys
 
 import torch
 import torch.distributed as dist
+
+import files
 
 others = {}  # in the first process: {pid: the pipe that brings its last words}
 pipe = None  # in the others: where theirs go
@@ -34,19 +35,12 @@ def fork(count: int) -> tuple[int, dist.Store]:
                 others[pid] = ours
             else:
                 others, pipe = {}, theirs
-                die_with(first)
+                files.die_with_parent()
+                if os.getppid() != first:  # it has ended already
+                    os._exit(1)
                 return rank, dist.TCPStore("localhost", port, count)
         return 0, dist.TCPStore("localhost", port, count, is_master=True, wait_for_workers=False,
                                 master_listen_fd=door.detach())
-
-
-def die_with(parent: int):
-    """This process is killed when its parent ends, be that as it may; where there is no Linux, it ends with
-    an error when it next waits for the parent."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def one_has_ended() -> bool:
@@ -72,6 +66,7 @@ def end(status: int, words: str) -> int:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 if ended and code < 0:
                     said.append(f"process {pid} was ended by signal {-code}; the same command goes on\n")
-                status = status or (code if code >= 0 else 128 - code)
+                if ended and code:
+                    status = code if code > 0 else 128 - code
     print("".join(dict.fromkeys(said)), end="", file=sys.stderr)
     return status

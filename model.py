@@ -35,6 +35,7 @@ import locate
 import lora
 import routing
 from common import Stored, UserError
+from files import as_json, write_text
 from routing import visible
 
 PATCH = 2  # latent pixels that a token covers in height and in width, in a single frame
@@ -679,7 +680,7 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
         causal = extra.get("mode", "full") != "full"
         common.save_tensors(folder / "diffusion_pytorch_model.safetensors", weights,
                             {"config": json.dumps(COMFYUI_CAUSAL)} if causal else None, config=config)
-    common.write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "config.json", as_json(config, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -724,8 +725,10 @@ def check_causal(model: WanModel):
 @dataclass
 class Flags:
     path: str = flags.positional()  # A Wan, diffusers or model_k directory, a .safetensors or a .pt file
-    device: str = "cpu"  # Device to check it on: cpu, cuda or cuda:N
+    device: flags.Device = "cpu"  # Device to check it on: cpu, cuda or cuda:N
     dtype: flags.Dtype = "float32"  # Precision of the matrix products
+
+    __post_init__ = flags.in_range
 
 
 def main(cfg: Flags):

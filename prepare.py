@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flags import Dtype, parse
+from flags import Count, Device, Dtype, Size, in_range, parse
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Config:
     wan: str  # Wan directory with the VAE, text encoder and tokenizer
     out: str  # Folder for the clips (agg_0)
     # Size WIDTHxHEIGHT that videos are resized and cropped to (default: from the Wan directory, or 832x480)
-    size: str | None = None
-    frames: int | None = None  # Frames per clip, 4n + 1 (default: from the Wan directory, or 81)
+    size: Size | None = None
+    frames: Count | None = None  # Frames per clip, 4n + 1 (default: from the Wan directory, or 81)
     # Frame rate that videos are resampled to; slower videos are skipped (default: from the Wan directory,
     # or 16)
-    fps: int | None = None
+    fps: Count | None = None
     # Column of the list that holds the captions, such as dense_caption for MiraData (default: the first of
     # caption, text, prompt and dense_caption)
     caption_key: str | None = None
@@ -41,7 +41,9 @@ class Config:
     seed: int = 0  # Seed of the position at which each clip is cut from its video
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -51,6 +53,7 @@ import torch
 
 import common
 import data
+import files
 import locate
 import sources
 import t5
@@ -74,7 +77,7 @@ def main(cfg: Config):
     with store.keeping():
         encode_captions(cfg, clips, store, ranks, dtype)
         skipped |= encode_videos(cfg, clips, geometry, store, ranks, dtype)
-        finish(listed, store, ranks, skipped)
+        return finish(listed, store, ranks, skipped)
 
 
 def find_unusable(listed, out, ranks) -> dict[str, str]:
@@ -89,10 +92,10 @@ def find_unusable(listed, out, ranks) -> dict[str, str]:
 
 
 def refuse(skipped, ranks) -> int:
-    """Says that there is nothing to encode. Returns the exit code."""
+    """Says that there is nothing to train on. Returns the exit code."""
     if ranks.rank == 0:
         print(f"prepare.py: none of the {len(skipped)} videos can be used; the first of the reasons:\n"
-              f"{skipped[min(skipped)]}\n--root FOLDER says where the videos of a list are", file=sys.stderr)
+              f"{skipped[min(skipped)]} (--root FOLDER says where the videos of a list are)", file=sys.stderr)
     return 2
 
 
@@ -145,12 +148,14 @@ SHOWN = 20  # reasons on the screen; skipped.txt has them all
 
 
 def finish(listed, store, ranks, skipped):
-    """Writes the index and skipped.txt."""
+    """Writes the index and skipped.txt. Returns the exit code, if no clip is left."""
     skipped = dict(common.gathered(list(skipped.items()), ranks))
     reasons = [reason for _, reason in sorted(skipped.items())]
     listing = store.folder / "skipped.txt"
     if ranks.rank == 0:
-        common.write_text(listing, "".join(f"{reason}\n" for reason in reasons))
+        files.write_text(listing, "".join(f"{files.plain(reason)}\n" for reason in reasons))
+    if len(skipped) == len(listed):
+        return refuse(skipped, ranks)
     store.finish(data.index_entry(clip.id, clip.caption, "seed", 0, clip.path.name) for clip in listed
                  if clip.id not in skipped)
     for reason in reasons[:SHOWN]:

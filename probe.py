@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import common
 import data
 import diffusion
+import files
 import flags
 import metrics
 import model
@@ -70,7 +71,7 @@ def probe_once(path: str, settings: Settings, folder: Path, ranks) -> dict:
     if not file.exists():
         results = probe_model(path, settings, store, chosen, ranks)
         if ranks.rank == 0:
-            common.write_text(file, json.dumps(results) + "\n")
+            files.write_text(file, json.dumps(results) + "\n")
     dist.barrier()
     return common.read_json(file)
 

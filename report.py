@@ -1,9 +1,10 @@
 """The report of eval_drift.py: findings, tables, curves, film strips, and one page that plays the videos."""
 
 import base64
+import csv
 import html
+import io
 import itertools
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -14,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import common
 import data
+import files
 import metrics
 import readings
 
@@ -27,20 +28,22 @@ def write(out: Path, report: dict, clips: list):
     tables = make_tables(report)
     report |= {"findings": findings(report)}
     curves = report["curves"]
-    rows = [f"{method},{name},{t:.3f},{value:.6g},{error:.6g}" for method, lines in curves.items()
+    rows = [(method, name, f"{t:.3f}", f"{value:.6g}", f"{error:.6g}") for method, lines in curves.items()
             for name, table in lines.items() for t, value, error in table.T]
-    common.write_text(out / "curves.csv", "\n".join(["method,metric,t_seconds,mean,sem", *rows, ""]))
-    with common.replacing(out / "curves.npz") as temporary, open(temporary, "wb") as f:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("method", "metric", "t_seconds", "mean", "sem"), *rows])
+    files.write_text(out / "curves.csv", text.getvalue())
+    with files.replacing(out / "curves.npz") as temporary, open(temporary, "wb") as f:
         np.savez_compressed(f, **{f"{v['method']}/{v['name']}/{name}": curve for v in report["videos"]
                                   for name, curve in v["curves"].items()})
     plain = without_nan({k: v for k, v in report.items() if k != "curves"})
     for video in plain["videos"]:
         del video["curves"]
-    common.write_text(out / "summary.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(out / "summary.json", files.as_json(plain, indent=1) + "\n")
     lines = "".join(f"{line}\n\n" for line in report["findings"])
-    common.write_text(out / "table.md", lines + as_markdown(tables))
-    common.write_text(out / "curves.svg", draw_curves(curves))
-    common.write_text(out / "report.html", as_html(report, tables, film_strips(report, clips, out)))
+    files.write_text(out / "table.md", lines + as_markdown(tables))
+    files.write_text(out / "curves.svg", draw_curves(curves))
+    files.write_text(out / "report.html", as_html(report, tables, film_strips(report, clips, out)))
     print(as_markdown(tables), sparklines(curves), "", sep="\n")
     print(f"{out / 'report.html'} holds all of it, with curves, film strips and videos to play")
     print(*report["findings"], sep="\n")

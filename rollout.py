@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flags import HELD_OUT, Dtype, Solver, parse
+from flags import HELD_OUT, Count, Device, Dtype, Positive, Solver, Whole, in_range, parse
 
 CHUNK = 3  # latent frames; a rollout begins with 9 real frames of video
 
@@ -24,28 +24,30 @@ class Config:
     # Folder of clips (any agg_k), of which only seed clips are rolled out (default: agg_0 beside model_k)
     data: str | None = None
     out: str | None = None  # Folder for the rollouts (default: rollout_k beside model_k)
-    count: int | None = None  # Number of rollouts (default: half the number of seed clips)
+    count: Count | None = None  # Number of rollouts (default: half the number of seed clips)
     # Round k, each of which draws other clips and other noise (default: the number at the end of the model's
     # name, or 0)
-    round: int | None = None
+    round: Whole | None = None
     # Seed clips kept out of training and rollouts (default: as many as the model was trained without)
-    held_out: int | None = None
+    held_out: Whole | None = None
     # Wan directory with the VAE (default: named in the model's config.json, or the one that made the clips)
     wan: str | None = None
     seed: int = 0  # Seed of the noise and of the clips drawn in each round
-    batch: int = 1  # Videos generated at once; changes them by rounding only
-    steps: int = 20  # Solver steps per chunk
+    batch: Count = 1  # Videos generated at once; changes them by rounding only
+    steps: Count = 20  # Solver steps per chunk
     guidance: float = 6.0  # Guidance scale towards the prompt; 1 is no guidance, and twice as fast
-    shift: float = 8.0  # Shift of the noise levels towards pure noise, as in training
+    shift: Positive = 8.0  # Shift of the noise levels towards pure noise, as in training
     solver: Solver = "euler"  # ODE solver
     # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
     # trained)
-    route: int | None = None
-    previews: int = 16  # Rollouts to show in preview.png; 0: no preview
+    route: Whole | None = None
+    previews: Whole = 16  # Rollouts to show in preview.png; 0: no preview
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -139,11 +141,6 @@ def complete(cfg: Config, ranks) -> Config:
 
 def check(cfg: Config, clips: data.Clips) -> str:
     """Refuses flags, a model and clips that do not fit together. Returns the Wan directory."""
-    if min(cfg.batch, cfg.steps) < 1 or cfg.previews < 0:
-        raise UserError(f"--batch {cfg.batch} --steps {cfg.steps} --previews {cfg.previews}: batch and steps "
-                        "must be at least 1, previews at least 0")
-    if (cfg.route or 0) < 0:
-        raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
     limits = model.read_checkpoint(cfg.model, cfg.lora)[1]
     if model.trained_causally(cfg.model) is False:
         print0(f"warning: {cfg.model} was never trained to make videos chunk by chunk, as rollouts are made")

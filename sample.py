@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from flags import Dtype, Solver, parse
+from flags import Count, Device, Dtype, Positive, Seconds, Share, Size, Solver, Whole, in_range, parse
 
 CHUNK = 3  # latent frames
 KEEP = 12  # latent frames that begin the next window
@@ -50,20 +50,20 @@ class Config:
     extend: str | None = None  # Video to continue: its last frames begin the new video
     # Latent frames of --extend to begin with, fewer if it is shorter; 12 are 45 frames of video (default: as
     # --keep)
-    context: int | None = None
+    context: Whole | None = None
     image: str | None = None  # Image (png or jpg) to begin with, for models trained with --image-first
-    seconds: float = 5.0  # Length of each video, with what it continues; rounded up to whole chunks
+    seconds: Seconds = 5.0  # Length of each video, with what it continues; rounded up to whole chunks
     # Size of the videos, WIDTHxHEIGHT (default: from the Wan directory, or 832x480)
-    size: str | None = None
+    size: Size | None = None
     seed: int = 0  # Seed of the noise
-    samples: int = 1  # Videos per prompt, with the seeds --seed, --seed + 1, ...
-    batch: int = 1  # Videos generated at once; changes them by rounding only
-    steps: int = 20  # Solver steps per chunk; with --solver renoise 4, unless given
+    samples: Count = 1  # Videos per prompt, with the seeds --seed, --seed + 1, ...
+    batch: Count = 1  # Videos generated at once; changes them by rounding only
+    steps: Count = 20  # Solver steps per chunk; with --solver renoise 4, unless given
     # Guidance scale towards the prompt; 1 is no guidance, and twice as fast; with --solver renoise 1, unless
     # given
     guidance: float = 6.0
     # Shift of the noise levels towards pure noise, as in training; with --solver renoise 5, unless given
-    shift: float = 8.0
+    shift: Positive = 8.0
     # ODE solver. unipc steps at the noise levels of Wan2.1's and Self-Forcing's own code, unipc-diffusers at
     # those of diffusers. renoise is for models distilled to a few steps, such as Self-Forcing's and
     # CausVid's, which their files do not tell
@@ -77,14 +77,14 @@ class Config:
     # trained)
     bidirectional: bool | None = None
     negative: str = ""  # Negative prompt, which guidance leads away from
-    context_noise: float = 0.0  # Noise level at which the model sees finished frames (sigma_test), 0 to 1
+    context_noise: Share = 0.0  # Noise level at which the model sees finished frames (sigma_test), 0 to 1
     history_guidance: float = 0.0  # Weight of history guidance, 1.2 in the paper; 0: none
-    history_level: float = 0.8  # Noise level of the partly hidden frames in history guidance, 0 to 1
+    history_level: Share = 0.8  # Noise level of the partly hidden frames in history guidance, 0 to 1
     # Latent frames that the model sees at once (default: as many as the clips that it was trained on have)
-    window: int | None = None
+    window: Count | None = None
     # Latent frames at the end of a window that begin the next one (default: 12, or what a smaller window can
     # keep)
-    keep: int | None = None
+    keep: Whole | None = None
     # Which of the --keep frames are decoded and encoded anew for the next window: the first, as if it were an
     # image, none (as-is), or all
     reentry: Literal["first", "as-is", "all"] = "first"
@@ -94,31 +94,34 @@ class Config:
     sink: int | None = None
     # Past chunks that each token attends to, those that suit it best; 0: all (default: as the model was
     # trained, or as --like says)
-    route: int | None = None
-    crf: int = 18  # Quality of the h264 video; lower is better
+    route: Whole | None = None
+    crf: Whole = 18  # Quality of the h264 video; lower is better
     preset: str = "medium"  # Speed of the h264 encoder
     log_drift: bool = False  # Write mean, deviation and outliers of each chunk's latents to NAME.jsonl
     compile: bool | None = None  # Compile the transformer blocks (default: on a GPU)
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     cfg = parse(Config, __doc__)
 
 import torch
-import torch.distributed as dist
 
 import common
 import data
 import diffusion
+import flags
 import locate
 import lora
 import model
 import t5
 import vae
 from common import UserError, print0
+from files import write_text
 from prompts import read_prompts, texts_and_times
 
 # the flags that determine a video; its tags hold them, and --like reads them from there
@@ -151,10 +154,7 @@ def main(cfg: Config):
         print0(f"warning: {cfg.model} is not the model that made {cfg.like}: the video will differ")
     todo = common.my_share(batches(jobs, cfg.batch), ranks, finished)
     print0(f"{len(jobs)} videos of {cfg.size}; {sum(map(len, todo))} to make" + common.share_of(ranks))
-    if ranks.rank == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        common.sweep(cfg.out)
-    dist.barrier()
+    common.own(cfg.out, "videos", ranks)
     if not todo:
         return
     # one large network at a time: the text encoder alone takes 11 GB
@@ -190,14 +190,7 @@ def locate_model(cfg: Config) -> str:
 
 def complete(cfg: Config, ranks) -> Config:
     """Checks flags, and fills in those that are not given and depend on others or on the model."""
-    if min(cfg.batch, cfg.samples, cfg.steps) < 1:
-        raise UserError(f"--batch {cfg.batch} --samples {cfg.samples} --steps {cfg.steps}: at least 1 each")
     read_levels(cfg)
-    if (cfg.route or 0) < 0:
-        raise UserError(f"--route {cfg.route}: give a number of chunks, or 0 for all")
-    if not (0 <= cfg.context_noise <= 1 and 0 <= cfg.history_level <= 1):
-        raise UserError(f"--context-noise {cfg.context_noise:g} --history-level {cfg.history_level:g}: noise "
-                        "levels are from 0 to 1")
     trained = model.settings(cfg.model)
     wan = locate.local(cfg.wan or trained.get("wan") or locate.wan_for(cfg.model) or "", "vae", "t5")
     if not wan:
@@ -272,8 +265,8 @@ def is_causal(cfg: Config) -> bool:
     past = {"image": cfg.image, "extend": cfg.extend, "sink": cfg.sink is not None, "route": cfg.route,
             "context-noise": cfg.context_noise, "history-guidance": cfg.history_guidance}
     if not causal and any(past.values()):
-        flags = ", ".join(f"--{name}" for name, used in past.items() if used)
-        raise UserError(f"{flags}: there is no past where all frames are made at once; give --causal")
+        used = ", ".join(f"--{name}" for name, value in past.items() if value)
+        raise UserError(f"{used}: there is no past where all frames are made at once; give --causal")
     return causal
 
 
@@ -348,8 +341,8 @@ def count_context(cfg: Config, extend: str | None, coder, fps) -> int:
 
 def count_frames(cfg: Config, seconds, begin, coder, fps, where) -> int:
     """Latent frames of a video."""
-    if not 0 < seconds < math.inf:
-        raise UserError(f"{where}: {seconds:g} s is no length for a video")
+    if not 0 < seconds <= flags.LONGEST:
+        raise UserError(f"{where}: {seconds:g} s is no length for a video; {flags.LONGEST} are the most")
     frames = latent_frames(seconds, fps, coder, begin, CHUNK if cfg.causal else 1)
     if not cfg.causal and frames > cfg.window:
         longest = coder.frame_count(cfg.window) / fps
@@ -445,7 +438,7 @@ def make(cfg: Config, jobs, net, coder, texts, bar):
             bar.update(videos.shape[0] * videos.shape[1])
     if cfg.log_drift:
         for i, job in enumerate(jobs):
-            common.write_text(job.path.with_suffix(".jsonl"), data.as_lines(
+            write_text(job.path.with_suffix(".jsonl"), data.as_lines(
                 {"frame": first} | {k: v[i].item() for k, v in stats.items()} for first, stats in drift))
     frames = jobs[0].tags["frames"]
     rate = len(jobs) * frames / (time.monotonic() - start)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from flags import parse
+from flags import Count, Whole, in_range, parse
 
 SHAPES = ("disc", "ring", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -34,11 +34,13 @@ BASE_FILE = Path(__file__).with_name("toy_base.safetensors")
 @dataclass
 class Config:
     out: str = "toy"  # Folder for videos/, starts/, wan/ and prompts.jsonl
-    clips: int = 600  # Videos to draw
-    starts: int = 48  # First chunks of other videos, which prompts.jsonl continues
+    clips: Count = 600  # Videos to draw
+    starts: Whole = 48  # First chunks of other videos, which prompts.jsonl continues
     seed: int = 0  # Seed of the clips
     train_vae: bool = False  # Only train the tiny VAE anew, into toy_vae.safetensors: half an hour
     train_base: bool = False  # Only train the base model anew, into toy_base.safetensors: an hour
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -49,6 +51,7 @@ from sentencepiece import SentencePieceTrainer
 
 import common
 import data
+import files
 import model
 import t5
 import vae
@@ -58,8 +61,8 @@ def main(cfg: Config):
     if cfg.train_vae:
         train_vae(cfg.seed)
         return
+    files.own(cfg.out, "a toy world")
     out = Path(cfg.out)
-    common.sweep(out)
     if cfg.train_base:
         train_base(out / "base")
         return
@@ -67,7 +70,7 @@ def main(cfg: Config):
     others = [draw_world("held out", i) for i in range(cfg.starts)]
     draw_videos(out / "starts", others, START)
     make_wan(out / "wan")
-    common.write_text(out / "prompts.jsonl", data.as_lines(
+    files.write_text(out / "prompts.jsonl", data.as_lines(
         {"prompt": caption(world), "extend": f"starts/{i:05d}.mp4"} for i, world in enumerate(others)))
     print(f"{cfg.clips} videos of {FRAMES} frames in {out / 'videos'}, a tiny Wan in {out / 'wan'}")
 
@@ -78,7 +81,7 @@ def draw_videos(folder: Path, worlds: list, frames: int):
         for world in worlds:
             path = folder / f"{world.name[1]:05d}.mp4"
             if not path.exists():
-                common.write_text(path.with_suffix(".txt"), caption(world) + "\n")
+                files.write_text(path.with_suffix(".txt"), caption(world) + "\n")
                 tags = {"prompt": caption(world), "world": world.name}
                 data.write_video(path, [render(world, frames)], FPS, tags, crf=8, preset="veryfast")
             bar.update()
@@ -168,7 +171,7 @@ def make_wan(folder: Path, trained: bool = True):
     SentencePieceTrainer.train(
         sentence_iterator=iter(captions() + reverse), model_writer=pieces, model_type="bpe", vocab_size=128,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
-    with common.replacing(folder / "google" / "umt5-xxl" / "spiece.model") as temporary:
+    with files.replacing(folder / "google" / "umt5-xxl" / "spiece.model") as temporary:
         temporary.write_bytes(pieces.getvalue())
     t5.save(tiny_t5(), folder / "t5.safetensors")
     vae.save(vae.load(VAE_FILE), folder / "vae.safetensors")
@@ -309,7 +312,7 @@ def fit_base(folder: Path, trainings) -> list[Path]:
 
 def run_stage(script: str, *arguments):
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
-    status = subprocess.run(list(map(str, command))).returncode
+    status = subprocess.run(list(map(str, command)), preexec_fn=files.die_with_parent).returncode
     if status:
         raise common.UserError(f"{script} ended with status {status}; the same command goes on from there")
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from flags import HELD_OUT, Dtype, parse
+from flags import HELD_OUT, Amount, Count, Decay, Device, Dtype, Positive, Share, Whole, in_range, parse
 
 CHUNK = 3  # latent frames
 NOISE_BINS = 10  # the loss is logged by noise level too, in bins of 100
@@ -40,7 +40,7 @@ class Config:
     lora: tuple[str, ...] = ()
     # Train only a LoRA of this rank, of attention and feed-forward; --init stays as it is, in --dtype, and
     # model_k holds the LoRA alone (default: all weights are trained)
-    lora_rank: int | None = None
+    lora_rank: Count | None = None
     # Folder for model_k, its checkpoints, log.jsonl and preview/ (default: model_k beside agg_k)
     out: str | None = None
     # Wan directory whose VAE shows the previews (default: the one that made the clips)
@@ -48,47 +48,47 @@ class Config:
     # df: diffusion forcing; tf: teacher forcing, where a chunk sees its clean past; rf: Resampling Forcing,
     # where it sees the model's own version of its past; full: bidirectional, one noise level for a clip
     mode: Literal["df", "tf", "rf", "full"] = "df"
-    steps: int = 16000  # Optimiser steps in all
-    batch: int = 96  # Clips per step, over all GPUs
-    micro: int = 1  # Clips that a GPU computes at once; changes memory and speed, not what is trained
-    lr: float = 4e-6  # Learning rate, constant after the warm-up
-    warmup: int = 0  # Steps over which the learning rate rises from 0
-    weight_decay: float = 0.01  # Weight decay of AdamW
-    beta2: float = 0.999  # Second beta of AdamW; the first is 0.9
-    clip: float = 1.0  # Largest norm of the gradient
-    ema: float = 0.0  # Decay of a running average of the weights, which model_k then holds; 0: no average
-    shift: float = 8.0  # Shift of the noise levels towards pure noise
-    drop: float = 0.1  # Share of clips that lose their prompt, so that guidance works
+    steps: Count = 16000  # Optimiser steps in all
+    batch: Count = 96  # Clips per step, over all GPUs
+    micro: Count = 1  # Clips that a GPU computes at once; changes memory and speed, not what is trained
+    lr: Amount = 4e-6  # Learning rate, constant after the warm-up
+    warmup: Whole = 0  # Steps over which the learning rate rises from 0
+    weight_decay: Amount = 0.01  # Weight decay of AdamW
+    beta2: Decay = 0.999  # Second beta of AdamW; the first is 0.9
+    clip: Positive = 1.0  # Largest norm of the gradient
+    ema: Decay = 0.0  # Decay of a running average of the weights, which model_k then holds; 0: no average
+    shift: Positive = 8.0  # Shift of the noise levels towards pure noise
+    drop: Share = 0.1  # Share of clips that lose their prompt, so that guidance works
     drop_kind: Literal["both", "seed"] = "both"  # Which clips may lose their prompt: all, or seed clips only
-    prefix: int = 4  # Chunks at the start of a corrective clip that are clean and carry no loss
-    seed_prefix: float = 0.0  # Share of seed clips that get such a prefix too
+    prefix: Whole = 4  # Chunks at the start of a corrective clip that are clean and carry no loss
+    seed_prefix: Share = 0.0  # Share of seed clips that get such a prefix too
     # Share of steps whose clips begin with a chunk of 1 frame, as image to video does
-    image_first: float = 0.0
+    image_first: Share = 0.0
     # Share of corrective clips in training, 0 to 1 (default: their share of the data)
-    corrective_share: float | None = None
+    corrective_share: Share | None = None
     # How the loss is averaged. clip: over the latents of a clip that carry loss, then over clips; latent:
     # over all latents alike, so that a corrective clip of 81 frames counts 9/21 of a seed clip
     loss_mean: Literal["clip", "latent"] = "clip"
     # Weight of the loss by noise level. bell: largest at 500, zero at 1000
     loss_weight: Literal["flat", "bell"] = "flat"
     # Seed clips kept out of training and rollouts; their loss can be compared between rounds
-    held_out: int = HELD_OUT
+    held_out: Whole = HELD_OUT
     # Mode rf. ar: the past is resampled chunk by chunk, each behind resampled ones; parallel: behind clean
     # ones; noise: the past is only noised
     rf_history: Literal["ar", "parallel", "noise"] = "ar"
-    rf_shift: float = 0.6  # Mode rf: shift of the noise levels from which the past is resampled
-    rf_steps: int = 1  # Mode rf: Euler steps from there to clean
-    rf_warmup: int = 0  # Mode rf: steps of teacher forcing before the first resampling
+    rf_shift: Positive = 0.6  # Mode rf: shift of the noise levels from which the past is resampled
+    rf_steps: Count = 1  # Mode rf: Euler steps from there to clean
+    rf_warmup: Whole = 0  # Mode rf: steps of teacher forcing before the first resampling
     # Past chunks that each token attends to, those that suit it best; 0: all (default: as --init was trained)
-    route: int | None = None
+    route: Whole | None = None
     seed: int = 0  # Seed of the order of clips, their noise, noise levels and dropped prompts
-    log_every: int = 10  # Steps between lines of the log
-    eval_every: int = 500  # Steps between measurements of the held-out loss
-    preview_every: int = 1000  # Steps between preview videos; 0: no previews
-    previews: int = 2  # Videos per preview, of the first held-out prompts
+    log_every: Count = 10  # Steps between lines of the log
+    eval_every: Count = 500  # Steps between measurements of the held-out loss
+    preview_every: Whole = 1000  # Steps between preview videos; 0: no previews
+    previews: Count = 2  # Videos per preview, of the first held-out prompts
     guidance: float = 6.0  # Guidance scale of the previews
-    save_every: int = 500  # Steps between checkpoints
-    keep: int = 2  # Checkpoints to keep
+    save_every: Count = 500  # Steps between checkpoints
+    keep: Count = 2  # Checkpoints to keep
     skip_bad: bool = False  # Leave out clips that cannot be read, and count them, instead of stopping
     wandb: str = ""  # Weights & Biases project to log to as well
     # Recompute activations in the backward pass, to save memory (default: on a GPU)
@@ -100,7 +100,9 @@ class Config:
     # Number format of the matrix products; trained weights stay float32 (default: bfloat16 on a GPU, else
     # float32)
     dtype: Dtype | None = None
-    device: str | None = None  # cuda or cpu (default: cuda if available)
+    device: Device | None = None  # cuda or cpu (default: cuda if available)
+
+    __post_init__ = in_range
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -113,6 +115,7 @@ import checkpoint
 import common
 import data
 import diffusion
+import files
 import locate
 import lora
 import model
@@ -402,22 +405,8 @@ def route_of(cfg: Config) -> int | None:
 
 def check(cfg: Config, samples: Samples, ranks):
     """Refuses what cannot be trained, before anything large is loaded."""
-    positive = ("steps", "batch", "micro", "log_every", "eval_every", "save_every", "keep", "rf_steps",
-                *(["lora_rank"] if cfg.lora_rank is not None else []))
-    for name in (*positive, "prefix", "held_out", "rf_warmup"):
-        least = 1 if name in positive else 0
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {least} is the least")
-    if cfg.route is not None and (cfg.route < 1 or cfg.mode == "full"):
-        raise UserError(f"--route {cfg.route} --mode {cfg.mode}: it must be at least 0, and --mode full has "
-                        "no past chunks")
-    for name in ("drop", "seed_prefix", "image_first", "corrective_share"):
-        if not 0 <= (getattr(cfg, name) or 0) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share is from 0 to 1")
-    if cfg.rf_shift <= 0:
-        raise UserError(f"--rf-shift {cfg.rf_shift}: a shift is above 0; 1 leaves noise levels as they are")
-    if not 0 <= cfg.ema < 1:
-        raise UserError(f"--ema {cfg.ema}: a decay is at least 0 (no average) and below 1")
+    if cfg.route is not None and cfg.mode == "full":
+        raise UserError(f"--route {cfg.route} --mode full: that mode has no past chunks")
     if cfg.batch % ranks.world:
         less = cfg.batch // ranks.world * ranks.world
         raise UserError(f"--batch {cfg.batch} cannot be shared by {ranks.world} processes; use "
@@ -466,10 +455,12 @@ def finished(cfg, samples, ranks) -> bool:
     recipe = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in CHANGEABLE}
     recipe |= {"init": common.fingerprint(*model.find_weights(cfg.init)), "lora": lora.fingerprint(cfg.lora),
                "data": common.fingerprint(samples.store.index)}
-    if ranks.rank == 0:
+
+    def begin():
+        files.own(cfg.out, "a model")
         common.claim(Path(cfg.out, "run.json"), recipe, command=sys.argv, torch=torch.__version__)
         checkpoint.sweep(cfg.out)
-    dist.barrier()
+    common.lead(ranks, begin)
     done = Path(cfg.out, "config.json")
     return done.exists() and common.read_json(done).get("step") == cfg.steps
 
@@ -587,7 +578,7 @@ class Log:
         """What was logged after the checkpoint will be logged again."""
         lines = self.file.read_text().splitlines(True) if self.file.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        common.write_text(self.file, "".join(kept))
+        files.write_text(self.file, "".join(kept))
 
     @contextlib.contextmanager
     def clock(self):
@@ -598,8 +589,7 @@ class Log:
     def write(self, line: dict):
         if self.ranks.rank:
             return
-        with open(self.file, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        files.append(self.file, json.dumps(line) + "\n")
         print(as_text(line, self.cfg.steps), flush=True)
         if self.wandb:
             self.wandb.log({k: v for k, v in line.items() if not isinstance(v, list)}, line["step"])

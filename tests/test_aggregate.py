@@ -19,6 +19,7 @@ from worlds import refused, tree
 import aggregate
 import common
 import data
+import files
 import model
 import prepare
 import rollout
@@ -52,7 +53,7 @@ def first(tmp_path_factory):
         path = root / "videos" / f"{i}.mp4"
         path.parent.mkdir(exist_ok=True)
         data.write_video(path, [toy.render(world, FRAMES + 8)], toy.FPS, crf=8)
-        common.write_text(path.with_suffix(".txt"), toy.caption(world))
+        files.write_text(path.with_suffix(".txt"), toy.caption(world))
     model.save(worlds.tiny_model("aggregate"), root / "model", wan="../wan")
     run(prepare, videos=root / "videos", wan=root / "wan", out=root / "agg_0", frames=FRAMES)
     roll(root, 0)
@@ -336,7 +337,7 @@ def test_killed_before_each_change_on_disk(work):
     count = 2
     data.write_index("rollout_0", list(data.Clips("rollout_0"))[:count])
     meta = json.loads(Path("rollout_0/meta.json").read_text()) | {"count": count}
-    common.write_text("rollout_0/meta.json", json.dumps(meta))
+    files.write_text("rollout_0/meta.json", json.dumps(meta))
     whole = tree(make())
     kills = 0
 
@@ -408,7 +409,7 @@ def test_refusals(work, flags, message):
 @pytest.mark.parametrize("key", data.SHARED)
 def test_rollouts_of_other_data(work, key):
     meta = json.loads(Path("rollout_0/meta.json").read_text())
-    common.write_text("rollout_0/meta.json", json.dumps(meta | {key: "other"}))
+    files.write_text("rollout_0/meta.json", json.dumps(meta | {key: "other"}))
     message = f"rollout_0 was made with {key} = other, agg_0 with .*; aggregate rollouts of the same data"
     with refused(message):
         make()

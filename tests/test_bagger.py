@@ -101,7 +101,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(tmp_path):
     (dict(OUT="/proc/run"), "/proc/run"),
 ])
 def test_refusals(tmp_path, more, message):
-    printed = ended(start(tmp_path / "run", **more), code=1).stdout
+    printed = ended(start(tmp_path / "run", **more), code=2).stdout
     assert message in printed and len(printed.splitlines()) < 5
 
 

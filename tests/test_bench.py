@@ -127,16 +127,16 @@ def test_only_videos_that_are_there_count(wan, videos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more,message", [
-    (dict(train="--bach 4"), "unrecognized arguments: --bach 4"),
+    (dict(train="--bach 4"), "there is no flag --bach; did you mean --batch?"),
     (dict(wan="nowhere"), "nowhere"),
     (dict(videos=""), "needs --wan and --videos"),
     (dict(videos="nowhere"), "no such folder: nowhere"),
     (dict(prompts="none.txt"), "none.txt: no such file"),
 ])
-def test_what_cannot_run_is_refused_before_it_starts(more, message, wan, videos, tmp_path, capsys):
-    with pytest.raises((UserError, SystemExit)) as error:
+def test_what_cannot_run_is_refused_before_it_starts(more, message, wan, videos, tmp_path):
+    with pytest.raises(UserError) as error:
         bench.plan(config(**dict(wan=wan, videos=videos, out=tmp_path / "run") | more))
-    assert message in str(error.value) + capsys.readouterr().err
+    assert message in str(error.value)
 
 
 def test_the_hours_follow_from_what_is_measured(wan, videos, tmp_path, monkeypatch, capsys):

@@ -695,7 +695,7 @@ def test_folders_that_cannot_be_scored(videos, evaluate, tmp_path):
     with pytest.raises(UserError, match="--model and --data go together"):
         evaluate(videos / "kept", model=("m",))
     (tmp_path / "file").write_text("")
-    errors = call("eval_drift.py", videos / "kept", "--out", tmp_path / "file" / "report", code=1).stderr
+    errors = call("eval_drift.py", videos / "kept", "--out", tmp_path / "file" / "report", code=2).stderr
     assert errors.count("\n") == 1 and "file" in errors
 
 

@@ -367,7 +367,7 @@ def test_the_estimate_of_memory_knows_what_does_not_train(world, tmp_path, capsy
 
 
 def test_a_rank_of_nothing_is_refused(world, tmp_path):
-    with pytest.raises(UserError, match="--lora-rank 0: 1 is the least"):
+    with pytest.raises(UserError, match="--lora-rank 0: give a whole number from 1"):
         train(world, lora_rank=0, out=str(tmp_path / "m"))
 
 

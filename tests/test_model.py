@@ -562,7 +562,7 @@ def test_script_says_what_it_is_and_that_it_is_causal(tmp_path):
     printed = call("model.py", tmp_path, "--dtype", "float32").stdout
     assert "can run causally: yes; trained causally: no" in printed and "float32" in printed
     assert f"{sum(p.numel() for p in tiny().parameters()):,} parameters" in printed
-    errors = call("model.py", tmp_path / "nothing", code=1).stderr
+    errors = call("model.py", tmp_path / "nothing", code=2).stderr
     assert "no such file" in errors and "Traceback" not in errors
 
 

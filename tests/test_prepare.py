@@ -121,7 +121,7 @@ def test_what_cannot_be_used_is_listed(world, agg_0, tmp_path):
 def test_a_store_keeps_to_how_it_was_begun(world, agg_0):
     before = tree(agg_0)
     for extra, message in ((("--frames", "49"), "latents"), (("--seed", "1"), "seed = 0, not 1")):
-        errors = call("prepare.py", *flags(world, agg_0), *extra, code=1).stderr
+        errors = call("prepare.py", *flags(world, agg_0), *extra, code=2).stderr
         assert f"was begun with {message}" in errors and "Traceback" not in errors
     assert tree(agg_0) == before
 
@@ -204,10 +204,10 @@ def test_the_screen_is_not_flooded_with_reasons(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change,message", [
-    (("--size", "100x100"), "multiples of 16"), (("--size", "big"), "not WIDTHxHEIGHT"),
+    (("--size", "100x100"), "multiples of 16"), (("--size", "big"), "give WIDTHxHEIGHT"),
     (("--frames", "80"), "one more than a multiple of 4"), (("--wan", "nowhere"), "nowhere"),
     (("--videos", "nowhere"), "no such folder: nowhere"), (("--out", "README.md/agg"), "README.md")])
 def test_refusals(world, tmp_path, change, message):
-    errors = call("prepare.py", *flags(world, tmp_path / "agg"), *change, code=1).stderr
+    errors = call("prepare.py", *flags(world, tmp_path / "agg"), *change, code=2).stderr
     assert message in errors and "Traceback" not in errors
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -200,7 +200,7 @@ def test_neighbours_are_found(world, make, tmp_path):
          "--wan", world / "wan")
     made = data.Clips("run/rollout_2")
     assert [clip["round"] for clip in made] == [2] * 3
-    errors = worlds.call("rollout.py", "--model", world / "model", "--data", "run/agg_0", code=1).stderr
+    errors = worlds.call("rollout.py", "--model", world / "model", "--data", "run/agg_0", code=2).stderr
     assert "does not end in a round's number" in errors and errors.endswith("give --out DIR\n")
 
 
@@ -335,8 +335,8 @@ def test_data_that_does_not_fit(world, make, store, message):
     (dict(model="nowhere"), "--model nowhere does not exist; train_df.py makes one"),
     (dict(model="."), "looked for diffusion_pytorch_model"),
     (dict(model=".", out=None), "no transformer in "), (dict(data="nowhere"), "not a clip store"),
-    (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0 --steps 2"),
-    (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1")])
+    (dict(wan="nowhere"), "no VAE in nowhere"), (dict(batch=0), "--batch 0: give a whole number"),
+    (dict(steps=0), "--steps 0"), (dict(previews=-1), "--previews -1: ")])
 def test_refusals(make, flags, message):
     with refused(message):
         make(**flags)
@@ -389,5 +389,5 @@ def test_a_full_disk_keeps_what_is_done(make):
 
 def test_the_command_line(world, tmp_path):
     errors = worlds.call("rollout.py", "--model", tmp_path / "none", "--data", world / "agg_0",
-                  "--out", tmp_path / "out", code=1).stderr
+                  "--out", tmp_path / "out", code=2).stderr
     assert errors.startswith("rollout.py: --model ") and len(errors.splitlines()) == 1

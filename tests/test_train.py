@@ -517,13 +517,13 @@ def test_a_run_is_another_if_its_data_or_flags_are(world, tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (dict(steps=0), "--steps 0: 1 is the least"), (dict(drop=1.5), "--drop 1.5: a share"),
+    (dict(steps=0), "--steps 0: give a whole number from 1"), (dict(drop=1.5), "--drop 1.5: give"),
     (dict(corrective_share=-1.0), "--corrective-share -1"), (dict(ema=1.0), "--ema 1.0"),
     (dict(corrective_share=0.5), "0 corrective clips to train on"), (dict(held_out=12), "12 held out: too"),
     (dict(data="agg_1", mode="full"), "seed clips alone"), (dict(mode="full", image_first=1.0), "alone"),
     (dict(preview_every=5), "Previews need a VAE"), (dict(init="nowhere"), "nowhere"),
     (dict(data="short", seed_prefix=0.1), "--prefix of 4 leaves nothing to learn"),
-    (dict(prefix=-1), "--prefix -1: 0 is the least"), (dict(data="ragged"), "no multiple of 3"),
+    (dict(prefix=-1), "--prefix -1: give a whole"), (dict(data="ragged"), "no multiple of 3"),
     (dict(data="wide"), "takes 4, and"), (dict(data="words"), "text of width 32"),
     (dict(data="bare"), "empty.safetensors is missing"), (dict(data="rolled"), "a rollout is not"),
     (dict(data="nothing"), "not a clip store"),
@@ -538,12 +538,13 @@ def test_refusals(world, tmp_path, flags, message):
     if flags.get("data") == "bare":
         (tmp_path / "bare/empty.safetensors").unlink()
     flags = dict(flags)
-    cfg = config(world, tmp_path / "out", **({k: v for k, v in flags.items() if k not in ("data", "init")}))
-    if "data" in flags:
-        here = flags["data"].startswith("agg")
-        cfg.data = str((world if here else tmp_path) / flags["data"])
-    cfg.init = flags.get("init", cfg.init)
+    own = {k: v for k, v in flags.items() if k not in ("data", "init")}
     with pytest.raises((UserError, FileNotFoundError), match=message):
+        cfg = config(world, tmp_path / "out", **own)
+        if "data" in flags:
+            here = flags["data"].startswith("agg")
+            cfg.data = str((world if here else tmp_path) / flags["data"])
+        cfg.init = flags.get("init", cfg.init)
         run(cfg)
     assert not (tmp_path / "out/config.json").exists()
 

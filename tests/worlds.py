@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import common
 import data
+import files
 import model
 
 ROOT = Path(__file__).parent.parent
@@ -172,10 +173,11 @@ def disk_full_after(clips: int):
 # running stages: in this process, as scripts, and in forked processes
 
 def run_stage(stage, cfg):
-    """What stage.main(cfg) returns; no process group is left behind."""
+    """What stage.main(cfg) returns; no process group is left behind, and no folder kept."""
     try:
         return stage.main(cfg)
     finally:
+        files.release()
         if dist.is_initialized():
             dist.destroy_process_group()
 
