@@ -50,10 +50,6 @@ def rows(x, rank: int, world: int) -> tuple[int, int]:
     return min(rank * each, len(x)), min((rank + 1) * each, len(x))
 
 
-def checksum(x: torch.Tensor) -> int:
-    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy())
-
-
 # ----------------------------------------------------------------------------------------------------
 # which there are
 
@@ -112,7 +108,7 @@ def save(state: State, out, step: int, keep: int, ranks):
 
 def write(file: Path, step: int, share: dict[str, torch.Tensor]):
     file.parent.mkdir(parents=True, exist_ok=True)
-    sums = {name: checksum(x) for name, x in share.items()}
+    sums = {name: common.checksum(x) for name, x in share.items()}
     common.save_tensors(file.with_suffix(".safetensors"), share)
     text = json.dumps({"step": step, "crc32": sums})
     common.write_text(file, f"{text}\n{zlib.crc32(text.encode())}\n")
@@ -201,7 +197,7 @@ def read(file: Path, part: int, count: int, wanted: dict[str, torch.Tensor], ste
             stored = f.get_tensor(name)
             if stored.dtype != x.dtype or stored.shape != (last - first, *x.shape[1:]):
                 raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}")
-            if checksum(stored) != about["crc32"][name]:
+            if common.checksum(stored) != about["crc32"][name]:
                 raise ValueError(f"{name} has another checksum")
             mine = x.to_local() if isinstance(x, DTensor) else x
             mine[above - begin:below - begin].copy_(stored[above - first:below - first])
