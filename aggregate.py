@@ -8,7 +8,6 @@ video, and its prompt says that it is reversed. The clips so far are not copied:
 files. Killed and started again it continues.
 """
 
-import itertools
 import os
 import re
 import shutil
@@ -76,12 +75,12 @@ def main(cfg: Config):
     cfg = replace(cfg, wan=clips.wan(cfg.wan, ("vae", "t5")))
     entries = [entry(cfg, rollout) for rollout in rollouts]
     check_entries(cfg, clips, entries, rollouts)
-    store = data.Writer(cfg.out, ranks, describe(cfg, clips, rollouts))
+    store = data.Writer(cfg.out, ranks, describe(cfg, clips, rollouts), entries)
     todo = [j for j in range(ranks.rank, len(entries), ranks.world) if not store.has(entries[j]["id"])]
     print0(f"{len(entries)} rollouts; {len(todo)} to reverse" + common.share_of(ranks))
     with store.keeping():
         reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks)
-        finish(clips, entries, store, ranks)
+        finish(clips, store, ranks)
     counts = Counter(clips.kinds) + Counter(corrective=len(entries))
     print0(f"{counts.total()} clips in {store.folder}: "
            + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
@@ -129,15 +128,14 @@ def entry(cfg: Config, rollout: dict) -> dict:
     return data.index_entry(id, prompt, "corrective", rollout["round"] + 1, rollout["id"])
 
 
-def finish(clips, entries, store, ranks):
+def finish(clips, store, ranks):
     """D_agg <- D_agg + D_k, the end of a round in Algorithm 1: an index of the clips so far, which stay where
     they are, and of the new ones."""
     if ranks.rank == 0:
         with files.replacing(store.folder / "empty.safetensors") as temporary:
             shutil.copyfile(clips.empty_prompt(), temporary)
     here = store.folder.resolve()
-    so_far = (clip | {"file": os.path.relpath(clips.locate(clip), here)} for clip in clips)
-    store.finish(itertools.chain(so_far, entries))
+    store.finish(clip | {"file": os.path.relpath(clips.locate(clip), here)} for clip in clips)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,8 +192,7 @@ def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks):
     """Writes the corrective clips of the rollouts whose indices are in todo."""
     dtype = getattr(torch, cfg.dtype)
     if cfg.rewrite:
-        prompts = {new["id"]: new["prompt"] for new in entries}
-        store.stage_texts(prompts, lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
+        store.stage_texts(lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
     coder = vae.load(cfg.wan, ranks.device, dtype)
     listed = sources.find_clips(cfg.paste_real) if cfg.paste_real else []
     videos = {source.id: source.path for source in listed}
@@ -206,7 +203,7 @@ def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks):
             real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
             latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
             text = store.staged_text(new["id"]) if cfg.rewrite else rollout["text"]
-            store.write(new["id"], latents, text, new["prompt"], new["source"])
+            store.write(new["id"], latents, text)
             bar.update()
 
 

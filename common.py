@@ -1,5 +1,6 @@
 """What every stage shares and the method does not care about: flags, ranks, seeds, safe files, weights."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ import sys
 import time
 import traceback
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -240,16 +242,48 @@ def claim(file, recipe: dict, **about) -> bool:
     return True
 
 
+def checksum(*tensors: torch.Tensor) -> int:
+    """Of the bytes of tensors in the CPU's memory, at a few GB a second."""
+    crc = 0
+    for x in tensors:
+        crc = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def crc32(file) -> int:
+    """A checksum of all bytes of a file."""
+    crc = 0
+    with open(file, "rb") as f:
+        while piece := f.read(2**22):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
 def fingerprint(*files) -> str:
-    """Which weights these are: their sizes and both ends of each, without reading gigabytes."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            for place in (0, max(0, size - 2**20)):
-                f.seek(place)
-                digest.update(f"{size} {place} ".encode() + f.read(2**20))
-    return digest.hexdigest()[:16]
+    """Which files these are, by all their bytes."""
+    return hashlib.sha256(" ".join(map(digest_of, files)).encode()).hexdigest()[:16]
+
+
+LARGE = 2**26  # bytes of a file that is read only once
+
+
+def digest_of(file) -> str:
+    """SHA-256. That of a large file is remembered in ~/.cache/bagger by its path, size and time."""
+    with open(file, "rb") as f:
+        stat = os.fstat(f.fileno())
+        if stat.st_size < LARGE:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}"
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bagger", name)
+        with contextlib.suppress(OSError, ValueError):
+            if re.fullmatch("[0-9a-f]{64}", text := kept.read_text()):
+                return text
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs time only
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, digest)
+    return digest
 
 
 # how a safetensors file calls what we store, in the order in which it keeps them: the widest first

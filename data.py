@@ -1,4 +1,7 @@
-"""Reading and writing videos, captions, the store of clips that the stages share, the order of training."""
+"""Reading and writing videos, captions, the store of clips that the stages share, the order of training.
+
+    python data.py check agg_1      reads every clip of a store; exit code 2 if one is damaged
+"""
 
 import contextlib
 import csv
@@ -7,14 +10,16 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -23,9 +28,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+from safetensors import SafetensorError, safe_open
 
 import common
 import files
+import flags
 import locate
 from common import UserError, open_weights, read_json, rng, save_tensors
 from files import as_json, plain, replacing
@@ -83,6 +90,11 @@ class Excerpt(NamedTuple):
 
 def as_excerpt(path) -> Excerpt:
     return path if isinstance(path, Excerpt) else Excerpt(Path(path))
+
+
+def size(path) -> int | None:
+    """The bytes of a video; None if it is not there."""
+    return as_excerpt(path).byte_count() if path.is_file() else None
 
 
 class Video(NamedTuple):
@@ -428,6 +440,8 @@ def read_utf8(path: Path) -> str:
 LATENT_DTYPE = torch.float16  # 11 bits of precision for values about 1, where bfloat16 has 8
 TEXT_DTYPE = torch.bfloat16  # as umT5 is published
 KIND = re.compile(rb'"kind"\s*:\s*"(\w+)"')
+MADE_OF = ("prompt", "source", "source_bytes")  # what a clip's file records; a clip of another is made anew
+ID = re.compile(r"[^./\\\0-\37\177][^/\\\0-\37\177]*")  # what a file name may be
 # what all stores of a run have in common: entries of meta.json
 SHARED = ("latents", "width", "height", "frames", "fps", "vae", "t5")
 
@@ -436,20 +450,49 @@ def clip_file(folder, id: str) -> Path:
     return Path(folder) / "clips" / f"{id}.safetensors"
 
 
-def write_clip(folder, id: str, latents: torch.Tensor, text: torch.Tensor, prompt: str, source: str):
-    """latents [F,C,H,W] and text [n,text_dim]."""
+def write_clip(folder, id: str, latents: torch.Tensor, text: torch.Tensor, *made_of):
+    """latents [F,C,H,W] and text [n,text_dim]. made_of: the values of MADE_OF."""
     assert latents.ndim == 4 and text.ndim == 2, f"latents {latents.shape}, text {text.shape}"
     clip_file(folder, id).parent.mkdir(parents=True, exist_ok=True)
     tensors = {"latents": latents.to(LATENT_DTYPE), "text": text.to(TEXT_DTYPE)}
-    save_tensors(clip_file(folder, id), tensors, prompt=prompt, source=source)
+    write_checked(clip_file(folder, id), tensors, **dict(zip(MADE_OF, made_of, strict=False)))
 
 
-def write_text_embedding(path, text: torch.Tensor):
-    save_tensors(path, {"text": text.to(TEXT_DTYPE)})
+def write_text_embedding(path, text: torch.Tensor, prompt: str = ""):
+    write_checked(path, {"text": text.to(TEXT_DTYPE)}, prompt=prompt)
+
+
+def write_checked(path, tensors: dict[str, torch.Tensor], **about):
+    tensors = {name: tensors[name].cpu() for name in sorted(tensors)}
+    save_tensors(path, tensors, **about, crc32=common.checksum(*tensors.values()))
+
+
+def read_checked(path, names, crc32: int | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file of write_checked, whose checksum must be the one in it and the one given."""
+    weights, about = open_weights(path)
+    for name in names:
+        if name not in weights:
+            raise UserError(f"{path} has no tensor {name!r}")
+    tensors = {name: weights[name].read() for name in sorted(names)}
+    crc = common.checksum(*tensors.values())
+    if crc != about.get("crc32") or crc != (crc if crc32 is None else crc32):
+        raise UserError(f"{path} is damaged: its tensors have another checksum; remove it, and run the "
+                        "command that made it again")
+    return tensors
+
+
+def made_of(file: Path) -> dict | None:
+    """What a file of write_checked was made of, {} of any other; None if it is not there, or cut off."""
+    try:
+        with safe_open(file, "pt") as f:
+            about = json.loads((f.metadata() or {}).get("json", "{}"))
+        return about if isinstance(about, dict) else {}
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return None
 
 
 def read_text_embedding(path) -> torch.Tensor:
-    return open_weights(path)[0]["text"].read()
+    return read_checked(path, ["text"])["text"]
 
 
 class Geometry(NamedTuple):
@@ -479,8 +522,9 @@ def read_seed_clip(path, id: str, geometry: Geometry, seed: int, frames: int | N
 
 
 def fingerprint(wan, network: str) -> str:
-    """Identifies the weights of a Wan directory's VAE ("vae") or text encoder ("t5")."""
-    return common.fingerprint(*locate.find(wan, network))
+    """Identifies a Wan directory's VAE ("vae"), or its text encoder with its tokenizer ("t5")."""
+    tokenizer = [file for file in locate.tokenizer_files(wan) if network == "t5" and file.is_file()]
+    return common.fingerprint(*locate.find(wan, network), *tokenizer[:1])
 
 
 def write_index(folder, entries: Iterable[dict]):
@@ -495,7 +539,8 @@ def as_lines(entries: Iterable[dict]) -> str:
 
 
 def index_entry(id: str, prompt: str, kind: str, round: int, source: str) -> dict:
-    """kind: seed, rollout or corrective. round: the first that trains on the clip, or that of the rollout."""
+    """kind: seed, rollout or corrective. round: the first that trains on the clip, or that of the rollout.
+    The Writer adds the bytes and the checksum of the file."""
     return {"id": id, "file": f"clips/{id}.safetensors", "prompt": prompt, "kind": kind, "round": round,
             "source": source}
 
@@ -503,10 +548,17 @@ def index_entry(id: str, prompt: str, kind: str, round: int, source: str) -> dic
 class Writer:
     """A clip store that all ranks write together. The index is written last: a store that has it is whole."""
 
-    def __init__(self, folder, ranks, meta: dict):
-        """meta: how all clips of the store are made. Refuses a folder begun with another meta."""
+    def __init__(self, folder, ranks, meta: dict, entries: Iterable[dict], source_bytes=lambda id: None):
+        """meta: how all clips of the store are made; a folder begun with another meta is refused. entries: of
+        the clips to be made. source_bytes(id): the size of the file a clip is made of, if that is there."""
         self.folder = Path(folder)
         self.ranks = ranks
+        self.source_bytes = source_bytes
+        self.entries = {}
+        for entry in entries:
+            if entry["id"] in self.entries:
+                raise UserError(f"{folder}: two clips have the id {entry['id']}")
+            self.entries[check_id(entry["id"], folder)] = entry
 
         def begin():
             files.own(folder, "clips")
@@ -516,25 +568,32 @@ class Writer:
         common.lead(ranks, begin)
 
     def has(self, id: str) -> bool:
-        return clip_file(self.folder, id).exists()
+        """Whether the clip is there, whole, and made of what it is to be made of."""
+        return self.fits(clip_file(self.folder, id), id, self.source_bytes)
 
-    def share(self, ids: list[str], batch: int = 1) -> list[list[str]]:
-        """This rank's batches in which a clip is missing."""
-        return common.my_share(common.batched(ids, batch), self.ranks, self.has)
+    def fits(self, file: Path, id: str, source_bytes=lambda id: None) -> bool:
+        about = made_of(file)
+        return about is not None and about.get("prompt") == self.entries[id]["prompt"] and (
+            source_bytes(id) in (None, about.get("source_bytes")))
 
-    def stage_texts(self, prompts: dict[str, str], load_encoder, what: str):
-        """Keeps the embeddings of {id: prompt} in text/ until their clips are written: only one large network
-        is in memory at a time. The batches, of 16 prompts, stay the same after a restart."""
+    def share(self, batch: int = 1) -> list[list[str]]:
+        """This rank's batches of ids in which a clip is missing."""
+        return common.my_share(common.batched(list(self.entries), batch), self.ranks, self.has)
+
+    def stage_texts(self, load_encoder, what: str):
+        """Keeps the embeddings of prompts in text/ until their clips are written: only one large network is
+        in memory at a time. The batches, of 16 prompts, stay the same after a restart."""
         def done(id):
-            return self.has(id) or self.text_file(id).exists()
+            return self.has(id) or self.fits(self.text_file(id), id)
 
-        todo = common.my_share(common.batched(list(prompts), 16), self.ranks, done)
+        todo = common.my_share(common.batched(list(self.entries), 16), self.ranks, done)
         with common.progress(sum(map(len, todo)), what, self.ranks) as bar:
             encoder = load_encoder() if todo else None
             for batch in todo:
-                for id, text in zip(batch, encoder.encode([prompts[id] for id in batch]), strict=True):
+                prompts = [self.entries[id]["prompt"] for id in batch]
+                for id, text in zip(batch, encoder.encode(prompts), strict=True):
                     if not done(id):
-                        write_text_embedding(self.text_file(id), text)
+                        write_text_embedding(self.text_file(id), text, self.entries[id]["prompt"])
                 bar.update(len(batch))
         dist.barrier()  # the clip may be written by another rank
 
@@ -544,9 +603,11 @@ class Writer:
     def staged_text(self, id: str) -> torch.Tensor:
         return read_text_embedding(self.text_file(id))
 
-    def write(self, id: str, latents, text, prompt: str, source: str):
+    def write(self, id: str, latents, text):
+        entry, size = self.entries[id], self.source_bytes(id)
         if not self.has(id):
-            write_clip(self.folder, id, latents, text, prompt, source)
+            about = (entry["prompt"], entry["source"]) + (() if size is None else (size,))
+            write_clip(self.folder, id, latents, text, *about)
         self.text_file(id).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -559,13 +620,30 @@ class Writer:
             raise UserError(f"{error}\n{kept} finished clips are kept in {self.folder}; mend that and run "
                             "the same command to continue") from None
 
-    def finish(self, entries: Iterable[dict]):
-        """Writes the index, once all ranks have written their clips."""
+    def finish(self, before: Iterable[dict] = (), skipped=()):
+        """Writes the index, once all ranks have written their clips: the entries before, then those of the
+        clips that were made."""
         dist.barrier()
         if self.ranks.rank == 0:
             files.remove_clips(self.folder / "text")
-            write_index(self.folder, entries)
+            made = common.ahead(self.seal, (id for id in self.entries if id not in skipped), workers=8)
+            write_index(self.folder, itertools.chain(before, (entry for _, entry in made)))
         dist.barrier()
+
+    def seal(self, id: str) -> dict:
+        """The entry of a clip that was made, with the size of its file and the checksum of its tensors."""
+        file = clip_file(self.folder, id)
+        about = made_of(file)
+        if about is None:
+            raise UserError(f"{file} is damaged or gone; run the same command to make it again")
+        return self.entries[id] | {"bytes": file.stat().st_size, "crc32": about.get("crc32")}
+
+
+def check_id(id: str, where) -> str:
+    """Refuses what cannot be part of a file's name in a folder."""
+    if not ID.fullmatch(id) or len(id.encode("utf-8", "surrogatepass")) > 220:
+        raise UserError(f"{where}: the id {id[:80]!r} cannot be the name of a file")
+    return id
 
 
 class Clips:
@@ -646,14 +724,10 @@ class Clips:
         """The entry, with its latents [F,C,H,W] and text [n,text_dim]."""
         entry = self[i]
         file = self.locate(entry)
-        tensors, _ = open_weights(file)
-        for name in ("latents", "text"):
-            if name not in tensors:
-                raise UserError(f"{file} has no tensor {name!r}")
-            entry[name] = tensors[name].read()
-        return entry
-
-
+        if "bytes" in entry and file.is_file() and file.stat().st_size != entry["bytes"]:
+            raise UserError(f"{file} is truncated or another: it has {file.stat().st_size:,} bytes, not the "
+                            f"{entry['bytes']:,} of {self.index}:{i + 1}")
+        return entry | read_checked(file, ["latents", "text"], entry.get("crc32"))
 
 
 def origin(entry: dict) -> str:
@@ -680,3 +754,52 @@ def sample_order(n: int, seed: int, position: int) -> int:
 @functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=rng(seed, "order", epoch))
+
+
+# ----------------------------------------------------------------------------------------------------
+# command line: python data.py check FOLDER
+
+@dataclass
+class Flags:
+    command: Literal["check"] = flags.positional()  # check: reads every clip and compares checksums
+    folder: str = flags.positional()  # A store of clips (agg_k or rollout_k)
+
+
+def main(cfg: Flags) -> int:
+    clips = Clips(cfg.folder)
+    shape = clips.meta().get("latents")
+
+    def load(i: int) -> dict | str:
+        try:
+            return clips.load(i)
+        except (UserError, OSError) as error:
+            return common.first_line(error)
+
+    ids, problems = set(), []
+    if "seed" in clips.kinds:  # rollouts need no empty prompt
+        read_text_embedding(clips.empty_prompt())
+    with common.progress(len(clips), "clips", common.Ranks(0, 1, torch.device("cpu"))) as bar:
+        for i, clip in common.ahead(load, range(len(clips)), workers=os.cpu_count()):
+            problem = clip if isinstance(clip, str) else fault(clip, shape, ids)
+            if problem:
+                problems.append(f"{clips.index}:{i + 1}: {problem}")
+                bar.write(problems[-1])
+            bar.update()
+    print(f"{cfg.folder}: {len(problems) or 'none'} of {len(clips)} clips "
+          + ("is damaged" if len(problems) < 2 else "are damaged"))
+    return 2 if problems else 0
+
+
+def fault(clip: dict, shape: list[int], ids: set) -> str | None:
+    """What is wrong with a clip whose checksum is right."""
+    if clip["id"] in ids:
+        return f"{clip['id']} is listed twice"
+    ids.add(clip["id"])
+    if list(clip["latents"].shape) != shape:
+        return f"{clip['id']} has latents {list(clip['latents'].shape)}, not {shape} as meta.json says"
+    if not all(clip[name].isfinite().all() for name in ("latents", "text")):
+        return f"{clip['id']} holds nan or infinite values"
+
+
+if __name__ == "__main__":
+    common.run(main, flags.parse(Flags, __doc__))

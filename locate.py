@@ -85,6 +85,13 @@ def find(path, network: str) -> list[Path]:
                     f"{kind.folders[0]}/\n{DOWNLOAD}")
 
 
+def tokenizer_files(path) -> list[Path]:
+    """Where the sentencepiece model may be beside the weights at path."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    places = ("google/umt5-xxl", "tokenizer", ".", "../tokenizer")
+    return [folder / place / "spiece.model" for place in places]
+
+
 def holds(path, *networks: str) -> bool:
     try:
         return all(find(path, network) for network in networks)

@@ -673,14 +673,31 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
     folder.mkdir(parents=True, exist_ok=True)
     del config["text_dim"]  # official files leave it to the weights
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"} | config | extra
+    causal = extra.get("mode", "full") != "full"
+    entries = {"config": json.dumps(COMFYUI_CAUSAL)} if causal else None
     if "base" in extra:
-        weights = {f"diffusion_model.{name}": value for name, value in weights.items()}
-        common.save_tensors(folder / locate.ADAPTER, weights, config=config)
-    else:
-        causal = extra.get("mode", "full") != "full"
-        common.save_tensors(folder / "diffusion_pytorch_model.safetensors", weights,
-                            {"config": json.dumps(COMFYUI_CAUSAL)} if causal else None, config=config)
+        entries, weights = None, {f"diffusion_model.{name}": value for name, value in weights.items()}
+    common.save_tensors(saved_file(folder, config), weights, entries, config=config)
+    config["crc32"] = common.crc32(saved_file(folder, config))
     write_text(folder / "config.json", as_json(config, indent=2) + "\n")
+
+
+def saved_file(folder: Path, config: dict) -> Path:
+    return folder / (locate.ADAPTER if "base" in config else "diffusion_pytorch_model.safetensors")
+
+
+def damage(folder, step: int) -> str | None:
+    """What has happened to the model that save wrote at the end of a training, at this step: "" if nothing,
+    None if there is no such model."""
+    folder = Path(folder)
+    try:
+        config = locate.read_config(folder / "config.json")
+        if config.get("step") != step:
+            return None
+        file = saved_file(folder, config)
+        return "" if config.get("crc32") == common.crc32(file) else f"{file} is damaged"
+    except (UserError, OSError) as error:
+        return common.first_line(error)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -70,13 +70,15 @@ def main(cfg: Config):
     print0(f"{len(listed)} videos in {' '.join(cfg.videos)}; {geometry.frames} frames of {geometry.width}x"
            f"{geometry.height} at {geometry.fps} fps each")
     skipped = find_unusable(listed, cfg.out, ranks)
-    clips = [clip for clip in listed if clip.id not in skipped]
+    clips = {clip.id: clip for clip in listed if clip.id not in skipped}
     if not clips:
         return refuse(skipped, ranks)
-    store = data.Writer(cfg.out, ranks, describe(cfg, geometry))
+    entries = [data.index_entry(id, clip.caption, "seed", 0, clip.path.name) for id, clip in clips.items()]
+    store = data.Writer(cfg.out, ranks, describe(cfg, geometry), entries,
+                        lambda id: data.size(clips[id].path))
     with store.keeping():
-        encode_captions(cfg, clips, store, ranks, dtype)
-        skipped |= encode_videos(cfg, clips, geometry, store, ranks, dtype)
+        encode_captions(cfg, store, ranks, dtype)
+        skipped |= encode_videos(cfg, list(clips.values()), geometry, store, ranks, dtype)
         return finish(listed, store, ranks, skipped)
 
 
@@ -113,12 +115,12 @@ def describe(cfg, geometry) -> dict:
             "vae": data.fingerprint(cfg.wan, "vae"), "t5": data.fingerprint(cfg.wan, "t5")}
 
 
-def encode_captions(cfg, clips, store, ranks, dtype):
+def encode_captions(cfg, store, ranks, dtype):
     load = functools.cache(lambda: t5.load(cfg.wan, ranks.device, dtype))
     empty = store.folder / "empty.safetensors"  # the prompt of guidance, and of clips that lose theirs
     if ranks.rank == 0 and not empty.exists():
         data.write_text_embedding(empty, load().encode([""])[0])
-    store.stage_texts({clip.id: clip.caption for clip in clips}, load, "captions")
+    store.stage_texts(load, "captions")
 
 
 def encode_videos(cfg, clips, geometry, store, ranks, dtype) -> dict[str, str]:
@@ -138,8 +140,7 @@ def encode_videos(cfg, clips, geometry, store, ranks, dtype) -> dict[str, str]:
                 skipped[clip.id] = pixels
             else:
                 latents = coder.encode(data.to_float(pixels[None].to(ranks.device)))[0]
-                text = store.staged_text(clip.id)
-                store.write(clip.id, latents, text, clip.caption, clip.path.name)
+                store.write(clip.id, latents, store.staged_text(clip.id))
             bar.update()
     return skipped
 
@@ -156,8 +157,7 @@ def finish(listed, store, ranks, skipped):
         files.write_text(listing, "".join(f"{files.plain(reason)}\n" for reason in reasons))
     if len(skipped) == len(listed):
         return refuse(skipped, ranks)
-    store.finish(data.index_entry(clip.id, clip.caption, "seed", 0, clip.path.name) for clip in listed
-                 if clip.id not in skipped)
+    store.finish(skipped=skipped)
     for reason in reasons[:SHOWN]:
         print0(f"skipped: {reason}")
     if len(reasons) > SHOWN:

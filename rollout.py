@@ -73,15 +73,15 @@ def main(cfg: Config):
     wan = check(cfg, clips)
     picks = pick(cfg, clips)
     entries = [as_rollout(clips[i], cfg.round) for i in picks]
-    store = data.Writer(cfg.out, ranks, describe(cfg, clips, len(picks)))
-    todo = store.share([entry["id"] for entry in entries], cfg.batch)
+    store = data.Writer(cfg.out, ranks, describe(cfg, clips, len(picks)), entries)
+    todo = store.share(cfg.batch)
     print0(f"{len(picks)} of {clips.kinds.count('seed')} seed clips; {sum(map(len, todo))} to roll out"
            + common.share_of(ranks))
     with store.keeping():
         if todo:
             index = {entry["id"]: i for entry, i in zip(entries, picks, strict=True)}
             make(cfg, clips, index, todo, store, ranks)
-        store.finish(entries)
+        store.finish()
     rollouts = data.Clips(cfg.out)
     report_drift(rollouts, ranks)
     if ranks.rank == 0 and cfg.previews:
@@ -197,7 +197,7 @@ def make(cfg, clips, index, todo, store, ranks):
             for id, clip, latents in zip(ids, batch, roll_out(cfg, net, batch, null), strict=True):
                 if not latents.to(data.LATENT_DTYPE).isfinite().all():
                     raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
-                store.write(id, latents, clip["text"], clip["prompt"], clip["id"])
+                store.write(id, latents, clip["text"])
             bar.update(len(ids))
     print0(f"{count / (time.monotonic() - start):.3g} rollouts/s" + common.share_of(ranks))
 

@@ -160,9 +160,7 @@ def token_ids(tokenizer: SentencePieceProcessor, prompt: str) -> list[int]:
 
 def load_tokenizer(path) -> SentencePieceProcessor:
     """The sentencepiece model beside the weights at path, or in their file, where ComfyUI's have it."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    places = ("google/umt5-xxl", "tokenizer", ".", "../tokenizer")
-    tried = [folder / place / "spiece.model" for place in places]
+    tried = locate.tokenizer_files(path)
     file = next((file for file in tried if file.is_file()), None)
     if file:
         content = file.read_bytes()

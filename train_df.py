@@ -461,8 +461,7 @@ def finished(cfg, samples, ranks) -> bool:
         common.claim(Path(cfg.out, "run.json"), recipe, command=sys.argv, torch=torch.__version__)
         checkpoint.sweep(cfg.out)
     common.lead(ranks, begin)
-    done = Path(cfg.out, "config.json")
-    return done.exists() and common.read_json(done).get("step") == cfg.steps
+    return checkpoint.finished(cfg.out, cfg.steps, ranks)
 
 
 def begin(cfg, samples, ranks) -> State:

@@ -304,13 +304,14 @@ def test_a_long_index_is_never_in_memory(tmp_path, ranks):
         f.writelines(json.dumps(clip | {"id": f"{i}"}) + "\n" for i in range(1000))
     data.write_text_embedding(tmp_path / "agg_0/empty.safetensors", torch.zeros(1, 4))
     clips = data.Clips(tmp_path / "agg_0")
-    store = data.Writer(tmp_path / "agg_1", ranks, {})
+    data.write_clip(tmp_path / "agg_1", "new", torch.zeros(1, 1, 1, 1), torch.zeros(1, 4), clip["prompt"])
+    store = data.Writer(tmp_path / "agg_1", ranks, {}, [clip | {"id": "new"}])
     tracemalloc.start()
-    aggregate.finish(clips, [clip | {"id": "new"}], store, ranks)
+    aggregate.finish(clips, store, ranks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     made = data.Clips(tmp_path / "agg_1")
-    assert len(made) == 1001 and made[1000] == clip | {"id": "new"}
+    assert len(made) == 1001 and made[1000].items() > (clip | {"id": "new"}).items()
     assert made[999] == clip | {"id": "999", "file": "../agg_0/clips/a.safetensors"}
     assert made.index.stat().st_size > 12e6 and peak < 1e6, peak
 

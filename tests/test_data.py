@@ -553,7 +553,7 @@ def test_store_round_trip(tmp_path):
     assert (loaded["latents"] == 2).all() and torch.equal(loaded["text"], torch.full((3, 8), 2.0))
     assert clips.meta() == meta
     _, about = common.open_weights(data.clip_file(tmp_path / "agg_0", "c2"))
-    assert about == {"prompt": "number 2", "source": "c2.mp4"}
+    assert about.pop("crc32") and about == {"prompt": "number 2", "source": "c2.mp4"}
     data.write_index(tmp_path / "agg_0", [nasty, entry(0)])
     assert list(data.Clips(tmp_path / "agg_0")) == [nasty, entry(0)]
     with pytest.raises(common.UserError, match="is not a clip store"):
@@ -586,7 +586,7 @@ def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
     """Begun, gone on with, finished; until then nobody takes it for a store."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", "a b"])
     folder = tmp_path / "agg_0"
-    prompts = {f"c{i}": f"number {i}" for i in range(20)}
+    entries = [data.index_entry(f"c{i}", f"number {i}", "seed", 0, "a.mp4") for i in range(20)]
 
     class Encoder:
         seen = []
@@ -596,16 +596,16 @@ def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
             return [torch.full((2, 8), float(text.split()[1])) for text in given]
 
     def make(upto):
-        store = data.Writer(folder, ranks, {"fps": 16})
-        todo = store.share(list(prompts), 3)
-        store.stage_texts(prompts, Encoder, "captions")
+        store = data.Writer(folder, ranks, {"fps": 16}, entries)
+        todo = store.share(3)
+        store.stage_texts(Encoder, "captions")
         for batch in todo:
             for id in batch:
                 if int(id[1:]) >= upto:
                     return store, todo
                 text = torch.ones(2, 8) if store.has(id) else store.staged_text(id)
-                store.write(id, torch.zeros(3, 4, 2, 2), text, prompts[id], "a.mp4")
-        store.finish(data.index_entry(id, prompts[id], "seed", 0, "a.mp4") for id in prompts)
+                store.write(id, torch.zeros(3, 4, 2, 2), text)
+        store.finish()
         return store, todo
     make(4)
     (folder / "clips/.c9.safetensors.12.tmp").write_text("half")
@@ -616,12 +616,12 @@ def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
     store, todo = make(20)
     assert todo[0] == ["c3", "c4", "c5"] and len(todo) == 6, "the batch that was begun, as a whole"
     assert Encoder.seen == [16, 4] and data.clip_file(folder, "c3").stat().st_mtime_ns == kept
-    assert [clip["id"] for clip in data.Clips(folder)] == list(prompts)
+    assert [clip["id"] for clip in data.Clips(folder)] == [f"c{i}" for i in range(20)]
     assert (data.Clips(folder).load(7)["text"] == 7).all()
     assert {p.name for p in folder.iterdir()} == {"clips", "meta.json", "index.jsonl"}
     assert len(list(folder.glob("clips/*"))) == 20 and not list(folder.rglob(".*"))
     with pytest.raises(common.UserError, match="was begun with fps = 16, not 24"):
-        data.Writer(folder, ranks, {"fps": 24})
+        data.Writer(folder, ranks, {"fps": 24}, entries)
     with pytest.raises(common.UserError, match="no space(?s:.*)20 finished clips are kept in"):
         with store.keeping():
             raise OSError("no space")

@@ -172,7 +172,7 @@ def test_batches_change_rounding_alone(make):
     alone = data.Clips(make())
     for batch in (3, 9):
         together = data.Clips(make(batch=batch, out=str(batch)))
-        assert list(together) == list(alone)
+        assert [c | {"crc32": 0} for c in together] == [c | {"crc32": 0} for c in alone]
         for j in range(len(alone)):
             a, b = (clips.load(j)["latents"].float() for clips in (alone, together))
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # fp16 on disk: 1e-3 and 5e-4

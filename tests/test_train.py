@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import call, ended, fill_store, fork_ranks, run_stage, start, tiny_model
 
+import checkpoint
 import common
 import data
 import diffusion
@@ -82,25 +82,20 @@ def lines(out) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in logged]
 
 
-def newest_state(out, scratch) -> dict:
+def newest_state(out) -> dict:
     """Every tensor of the newest checkpoint."""
-    dcp_to_torch_save(train_df.checkpoints(Path(out))[-1][1], scratch)
-    return torch.load(scratch)
+    folder = train_df.checkpoints(out)[-1][1]
+    shares = [load_file(folder / f"{rank}-of-{checkpoint.shares(folder)}.safetensors")
+              for rank in range(checkpoint.shares(folder))]
+    return {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
 
 
-def flat(tree: dict, prefix="") -> dict:
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
-
-
-def same_run(a, b, tmp_path):
+def same_run(a, b):
     """To the bit: the model, the log, weights, moments and average in the newest checkpoint."""
     files = ("diffusion_pytorch_model.safetensors", "config.json")
     assert all((Path(a) / f).read_bytes() == (Path(b) / f).read_bytes() for f in files)
     assert lines(a) == lines(b)
-    x, y = (flat(newest_state(out, tmp_path / "state.pt")) for out in (a, b))
+    x, y = map(newest_state, (a, b))
     assert x.keys() == y.keys() and len(x) > 100
     assert all(torch.equal(x[k], y[k]) for k in x)
 
@@ -320,16 +315,33 @@ def test_killed_at_random_it_ends_the_same(world, reference, tmp_path):
             continue
         ended(process)
     assert kills > 1
-    same_run(reference, tmp_path / "out", tmp_path)
+    same_run(reference, tmp_path / "out")
     assert [step for step, _ in train_df.checkpoints(tmp_path / "out")] == [4, 6], "the newest two are kept"
 
 
 def test_half_a_checkpoint_does_not_count(world, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "out")
-    (tmp_path / "out/train/step-6/.metadata").unlink()
+    (tmp_path / "out/train/step-6/0-of-1.json").unlink()
     (tmp_path / "out/config.json").unlink()
     run(full_config(world, tmp_path / "out"))
-    same_run(reference, tmp_path / "out", tmp_path)
+    same_run(reference, tmp_path / "out")
+
+
+def test_a_finished_model_that_was_damaged_is_made_again(world, reference, tmp_path, capsys):
+    """From its newest checkpoint; without one, which may have been removed to save space, not by training."""
+    file = tmp_path / "out/diffusion_pytorch_model.safetensors"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-9] + b"damaged!!"), file.unlink,
+                   lambda: file.with_name("config.json").write_text("{")):
+        shutil.copytree(reference, tmp_path / "out", dirs_exist_ok=True)
+        damage()
+        run(full_config(world, tmp_path / "out"))
+        said = capsys.readouterr().out
+        assert "warning: " in said and "made again\n" in said and "step 6/6" not in said
+        same_run(reference, tmp_path / "out")
+        damage()
+        shutil.rmtree(tmp_path / "out/train")
+        with pytest.raises(UserError, match="no checkpoint to make it of; to train it anew remove .*json"):
+            run(full_config(world, tmp_path / "out"))
 
 
 def test_sigterm_stops_with_a_checkpoint(world, tmp_path, reference):
@@ -342,7 +354,7 @@ def test_sigterm_stops_with_a_checkpoint(world, tmp_path, reference):
     assert "stopped after step" in ended(process, 128 + signal.SIGTERM).stdout
     assert train_df.checkpoints(tmp_path / "out") and not (tmp_path / "out/config.json").exists()
     run(full_config(world, tmp_path / "out"))
-    same_run(reference, tmp_path / "out", tmp_path)
+    same_run(reference, tmp_path / "out")
 
 
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(world, reference, tmp_path, capsys):
@@ -354,7 +366,7 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(world, reference, tmp
         run(full_config(world, tmp_path / "out", steps=7))
     whole = tmp_path / "whole"
     run(full_config(world, whole, steps=8))
-    same_run(whole, tmp_path / "out", tmp_path)
+    same_run(whole, tmp_path / "out")
 
 
 def test_the_average_by_hand(world, tmp_path, monkeypatch):
@@ -624,7 +636,7 @@ def test_leftovers_of_killed_runs_are_swept(world, tmp_path, reference):
     out = tmp_path / "out"
     shutil.copytree(reference, out)
     (out / "config.json").unlink()
-    for name in (".config.json.123.tmp", "preview/.step-000002-0.mp4.77.tmp", "train/step-3/__0_0.distcp"):
+    for name in (".config.json.123.tmp", "preview/.step-000002-0.mp4.77.tmp", "train/step-3/0-of-2.json"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("half")
     (out / ".mine.tmp").write_text("not ours")
