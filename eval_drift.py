@@ -333,7 +333,8 @@ def score(job: Job, stride: int, device, bar):
     parts = defaultdict(list)
     seen = 0
     if "frechet" in features:
-        scorers = [*scorers, metrics.frechet_scorer(device, stride)]
+        pixels = math.prod(job.size or (job.clip.width, job.clip.height))
+        scorers = [*scorers, metrics.frechet_scorer(device, stride, pixels)]
     truth = data.read_frames(data.probe(job.clip.truth.path)) if job.clip.truth else None
     for scorer in scorers:
         scorer.start(float(job.fps or job.clip.fps))

@@ -5,6 +5,7 @@ entries: its name and meaning in FREE or OPTIONAL, and the function that compute
 Shapes: n frames or windows of frames, m values along a video, D features.
 """
 
+import functools
 import math
 from functools import partial
 from pathlib import Path
@@ -204,31 +205,42 @@ def frechet_features(*frames: torch.Tensor) -> torch.Tensor:
     return torch.cat([random_features(window.mean(1)), random_features(window.diff(dim=1).flatten(1, 2))], 1)
 
 
+@functools.cache
+def random_filters(layer: int, inputs: int, outputs: int, device) -> torch.Tensor:
+    filters = torch.randn(outputs, inputs * 9, generator=rng("frechet", layer))
+    filters = F.normalize(filters - filters.mean(1, keepdim=True)) * 2 ** 0.5
+    return filters.view(outputs, inputs, 3, 3).to(device)
+
+
 def random_features(x: torch.Tensor) -> torch.Tensor:
     """[n,C,H,W] -> [n,336]: mean and deviation of the channels of a fixed random network."""
     row = []
     for layer, outputs in enumerate((24, 48, 96)):
-        inputs = x.shape[1]
-        filters = torch.randn(outputs, inputs * 9, generator=rng("frechet", layer))
-        filters = F.normalize(filters - filters.mean(1, keepdim=True)) * 2 ** 0.5
-        x = F.conv2d(x, filters.view(outputs, inputs, 3, 3).to(x.device), stride=2, padding=1).relu()
+        x = F.conv2d(x, random_filters(layer, x.shape[1], outputs, x.device), stride=2, padding=1).relu()
         row += [x.mean((2, 3)), x.std((2, 3), correction=0)]
     return torch.cat(row, 1)
 
 
 def frechet_distance(reference: torch.Tensor, features: torch.Tensor, axes: int = 32) -> float:
     """Between Gaussians fitted to both, along the widest axes of the reference, in units of its spread."""
-    reference, features = reference.double(), features.double()
     if len(reference) <= axes or len(features) <= axes:
         raise UserError(f"a Frechet distance needs more than {axes} reference windows and as many others, "
                         f"not {len(reference)} and {len(features)}")
-    centre = reference.mean(0)
-    spread, directions = torch.linalg.eigh((reference - centre).T.cov())  # ascending
+    centre, spread, directions = gaussian(reference)
     if spread[-axes] < 1e-9 * spread[-1]:
         raise UserError(f"a Frechet distance needs more varied reference windows than these {len(reference)}")
-    x = (features - centre) @ (directions[:, -axes:] / spread[-axes:].sqrt())  # reference: mean 0, cov 1
+    # in these terms the reference has mean 0 and covariance 1
+    x = (features.double() - centre) @ (directions[:, -axes:] / spread[-axes:].sqrt())
     widths = torch.linalg.eigvalsh(x.T.cov()).clamp(min=0).sqrt()
     return (x.mean(0).square().sum() + (widths - 1).square().sum()).item()
+
+
+@functools.lru_cache(maxsize=1)  # one reference serves all methods and fifths of a report
+def gaussian(rows: torch.Tensor):
+    """Centre, variances (ascending) and directions of a Gaussian fitted to the rows."""
+    rows = rows.double()
+    centre = rows.mean(0)
+    return centre, *torch.linalg.eigh((rows - centre).T.cov())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -290,10 +302,11 @@ def open_scorers(names, device="cpu", weights=None, stride: int = 4, batch: int 
     return scorers, missing
 
 
-def frechet_scorer(device="cpu", stride: int = 4) -> Scorer:
-    """Its curve is the features of windows, one every `stride` frames: float32 [m,672]."""
+def frechet_scorer(device="cpu", stride: int = 4, pixels: int = 2**14) -> Scorer:
+    """Its curve is the features of windows, one every `stride` frames of so many pixels: float32 [m,672]."""
     return Scorer(["frechet"], partial(named, "frechet", frechet_features),
-                  lambda frame, rows, size: rows.float(), lambda fps: (quarters(fps), stride), device, 4)
+                  lambda frame, rows, size: rows.float(), lambda fps: (quarters(fps), stride), device,
+                  max(4, 2**16 // pixels))
 
 
 def named(name, network, *frames) -> dict:
