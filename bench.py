@@ -653,4 +653,4 @@ def check_disk(cfg: Config, need: float):
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run(main, cfg)

@@ -209,9 +209,10 @@ class Tracker(TorchDispatchMode):
     """Keeps account of what each operation allocates, frees, computes and moves on a device. fused: chains of
     elementwise operations and norms are compiled, and only what goes in and comes out is moved."""
 
-    def __init__(self, device, fused=False):
+    def __init__(self, device, fused=False, weights=()):
         super().__init__()
         self.device = torch.device(device)
+        self.weights = list(weights)
         self.fused = fused
         self.live = {}  # address of a storage -> its number
         self.events = []  # (number, bytes), negative where memory is freed
@@ -229,6 +230,7 @@ class Tracker(TorchDispatchMode):
             self.count_in(storage)
             return result
         torch.UntypedStorage.resize_ = resize
+        self.label("weights", self.weights)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -291,6 +293,7 @@ class Tracker(TorchDispatchMode):
                 self.kinds.setdefault(number, "activations")
         elif self.backward and torch._C._current_graph_task_id() < 0:
             self.backward = False
+            self.label("gradients", [p.grad for p in self.weights])
         for storage in given:  # made before the account was opened
             self.count_in(storage)
         new = [storage for storage in made if self.count_in(storage)]
@@ -343,15 +346,41 @@ class Tracker(TorchDispatchMode):
         return sum(work.flops for work in self.work)
 
 
-def seconds(work: list[Work], gpu: GPU, nodes: int = 1) -> dict[str, float]:
+class Prediction(NamedTuple):
+    peak: dict[str, float]  # bytes by kind, when most was held, and under "all"
+    work: list[tuple[float, list[Work]]]  # with how often it is done
+
+
+def at_depth(measure, layers: int) -> Prediction:
+    """measure(layers) -> Tracker, for a network that is deep: layers are alike, so that 3 and 4 of them tell
+    what all of them take. (Of 2, all would be gathered at once.)"""
+    if layers <= 4:
+        whole = measure(layers)
+        return Prediction(whole.peak(), [(1, whole.work)])
+    three, four = measure(3), measure(4)
+    more = layers - 3
+    peak = {kind: size + more * (four.peak()[kind] - size) for kind, size in three.peak().items()}
+    return Prediction(peak, [(1 - more, three.work), (more, four.work)])
+
+
+def seconds(prediction: Prediction, gpu: GPU, nodes: int = 1) -> dict[str, float]:
     """By the roofline: what computing, memory and network would take by themselves, and all together. An
     operation takes as long as the slower of its computing and its memory; the network runs beside them."""
     rates = {"matmul": gpu.matmul, "attention": gpu.attention, "conv": gpu.conv, "fp32": gpu.fp32}
-    compute = memory = network = both = 0.0
-    for kind, flops, moved in work:
-        if kind == "network":
-            network += moved / (gpu.link if nodes == 1 else gpu.net)
-            continue
-        c, m = flops / rates.get(kind, math.inf), moved / gpu.bandwidth
-        compute, memory, both = compute + c, memory + m, both + max(c, m)
-    return {"compute": compute, "memory": memory, "network": network, "all": max(both, network)}
+    total = Counter()
+    for times, work in prediction.work:
+        for kind, flops, moved in work:
+            if kind == "network":
+                total["network"] += times * moved / (gpu.link if nodes == 1 else gpu.net)
+                continue
+            computing, moving = flops / rates.get(kind, math.inf), moved / gpu.bandwidth
+            total["compute"] += times * computing
+            total["memory"] += times * moving
+            total["both"] += times * max(computing, moving)
+    return {kind: total[kind] for kind in ("compute", "memory", "network")} | {
+        "all": max(total["both"], total["network"])}
+
+
+def as_text(peak: dict[str, float]) -> str:
+    parts = [f"{kind} {size / 1e9:.1f}" for kind, size in peak.items() if kind != "all" and size >= 5e7]
+    return f"{peak['all'] / 1e9:.1f} GB: {', '.join(parts)}"

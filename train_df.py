@@ -17,9 +17,11 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -133,10 +135,13 @@ def main(cfg: Config):
     check(cfg, samples, ranks)
     if finished(cfg, samples, ranks):
         return print0(f"{cfg.out} is trained already: {cfg.steps} steps")
+    memory = foresee(cfg, samples, ranks)
     state = begin(cfg, samples, ranks)
     resumed = checkpoint.load_newest(state, cfg.out, cfg.steps, ranks)
     first = resumed or 0
     log = Log(cfg, samples, state, ranks, resumed)
+    if memory:
+        print0(f"memory of a process, predicted: {memory.exception() or memory.result()}")
 
     micro = common.ahead(samples.micro_batch, shares(cfg, ranks, first))
     for step in range(first, cfg.steps + 1):
@@ -172,8 +177,8 @@ def train_step(cfg, state, micro, step: int, ranks):
         batch = next(micro)[1].to(ranks.device)
         error = errors(cfg, state.net, batch)                                              # [B, F]
         loss = clip_losses(error, batch.weight)                                            # [B]
-        # the mean over the global batch, since gradients are averaged over ranks. They are so at every micro-
-        # batch: until then each rank holds whole ones, 5.7 GB of 1.3B and 57 GB of 14B
+        # the mean over the global batch, since gradients are averaged over ranks: with shards at every micro-
+        # batch, since until then each rank holds whole ones, 5.7 GB of 1.3B and 57 GB of 14B
         (loss.sum() * ranks.world / cfg.batch).backward()
         tally(state.totals, error.detach(), loss.detach(), batch)
     if ranks.world > 1 and not cfg.shard:
@@ -393,6 +398,10 @@ def complete(cfg: Config, ranks) -> Config:
 def sharded(cfg: Config, ranks) -> bool:
     if ranks.world == 1 or cfg.shard is not None:
         return ranks.world > 1 and cfg.shard
+    return large(cfg)
+
+
+def large(cfg: Config) -> bool:
     return sum(math.prod(w.shape) for w in model.read_checkpoint(cfg.init, cfg.lora)[0].values()) > 1e8
 
 
@@ -658,15 +667,64 @@ def print_setting(cfg, samples, state, ranks, resumed):
     checked = "" if cfg.mode == "full" else "; every frame's past checked: causal, cached as in parallel"
     print0(f"{cfg.steps:,} steps of {cfg.batch} clips on {ranks.world} x {common.device_name(ranks.device)}, "
            f"{cfg.micro} at a time, in {cfg.dtype}{checked}")
-    per_weight = (20 if cfg.ema else 16) / ranks.world
-    activations = cfg.micro * model.activation_bytes(state.net, samples.layout()[-1][1])
-    what = "weights, gradients, moments and average" if cfg.ema else "weights, gradients, moments"
-    kept = sum(p.nbytes for p in state.net.parameters() if not p.requires_grad) / ranks.world
-    print0(f"memory, by estimate: {size * per_weight / 1e9:.1f} GB for {what}, "
-           + (f"{kept / 1e9:.1f} GB for the model that stays as it is, " if kept else "") +
-           f"{activations / 1e9:.1f} GB for activations")
     if resumed is not None:
         print0(f"going on from step {resumed}")
+
+
+def foresee(cfg, samples, ranks) -> Future | None:
+    """What the training of a large model takes, in words: by a process of its own, while this one loads."""
+    if ranks.rank or not large(cfg):
+        return None
+    config = model.read_checkpoint(cfg.init, cfg.lora)[1]
+    device = "cpu" if ranks.device.type == "cpu" else None
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    future = pool.submit(in_words, cfg, config, samples.shape, ranks.world, device)
+    pool.shutdown(wait=False)
+    return future
+
+
+def in_words(*given) -> str:
+    import predict
+    return predict.as_text(predicted(*given).peak)
+
+
+def predicted(cfg, config, shape, world: int, device=None):
+    """What training on this many GPUs takes of one, or of the CPU if device says so. A step is run on fake
+    tensors, with two micro-batches: what the first leaves is there in the second, and others are alike."""
+    import predict  # what no small training should wait for
+    count = math.ceil(cfg.batch // world / cfg.micro)
+    shown = min(count, 2)
+
+    def measure(layers):
+        with predict.faked(device) as place, predict.one_of(world):
+            ranks = common.Ranks(0, world, place)
+            net = predict.network(lambda: model.WanModel(
+                dataclasses.replace(config, num_layers=layers), *formats(cfg)), place)
+            batch = fake_batch(cfg, config, shape)
+            state = new_state(cfg, set_up(cfg, net.requires_grad_(), ranks), batch.sizes, ranks)
+            with predict.Tracker(place, fused=cfg.compile, weights=net.parameters()) as tracker:
+                tracker.label("moments", state.ema + [
+                    moment for held in state.optimizer.state.values() for moment in list(held.values())[1:]])
+                step = dataclasses.replace(cfg, batch=shown * cfg.micro * world)
+                train_step(step, state, itertools.repeat((0, batch)), 0, ranks)
+            return tracker
+
+    peak, work = predict.at_depth(measure, config.num_layers)
+    return predict.Prediction(peak, [
+        (weight * (count / shown if kind else 1), [w for w in part if (w.kind != "optimizer") == kind])
+        for weight, part in work for kind in (True, False)])
+
+
+def fake_batch(cfg, config, shape) -> Batch:
+    """A micro-batch as Samples makes them."""
+    clips, frames = cfg.micro, shape[0]
+    sizes = (frames,) if cfg.mode == "full" else (CHUNK,) * (frames // CHUNK)
+    x = torch.zeros(clips, *shape)
+    t = torch.zeros(clips, frames)
+    text = torch.zeros(clips, config.text_len, config.text_dim)
+    chunk = torch.zeros(frames, dtype=torch.int64)
+    resampling = (t[:, 0], x) if cfg.mode == "rf" else ()
+    return Batch(x, x, t, t, t, text, chunk, sizes, [], *resampling)
 
 
 @contextlib.contextmanager
