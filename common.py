@@ -416,6 +416,13 @@ def first_line(error) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def check_finite(x: torch.Tensor, what: str):
+    """Refuses nan and infinity. The CPU waits for x here: not for steps of a solver, nor of a training."""
+    if x.is_floating_point() and x.numel():
+        if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
+            raise UserError(f"{what}: NaN or infinite values; mend what made them")
+
+
 def fill(module: torch.nn.Module, weights: dict[str, Stored], device, what: str) -> torch.nn.Module:
     """Put weights into a module built on the meta device, each straight into its parameter's dtype.
     All that does not fit is listed, and nothing is loaded then."""
