@@ -322,6 +322,7 @@ class Screen(io.TextIOWrapper):
     def __init__(self, stream, kept: str):
         super().__init__(stream.buffer, stream.encoding, "backslashreplace",
                          line_buffering=stream.line_buffering, write_through=stream.write_through)
+        self.before = stream  # which would close the buffer when it goes
         self.escapes = {c: text for c, text in ESCAPES_IN_TEXT.items() if chr(c) not in kept}
 
     def write(self, text: str) -> int:
