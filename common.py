@@ -42,6 +42,8 @@ def run(main, cfg):
         status = main(cfg) or 0
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as end:  # where rank 0 says why
+        status = end.code
     except Exception as error:
         said = explained(error)
         if said is None or "--debug" in sys.argv:
@@ -50,8 +52,8 @@ def run(main, cfg):
         bug = f"this is a defect; please report it, with the lines above and the command: {command}"
         status = 1 if said is None else 2
         words = "" if said == "" else f"{Path(sys.argv[0]).name}: {said or bug}\n"
-    files.release()
     status = forked.end(status, words)
+    files.release()
     if dist.is_initialized():
         dist.destroy_process_group()
         # FSDP's caches keep the group, and so gloo's threads. One that has yet to let go of a tensor when
@@ -61,7 +63,7 @@ def run(main, cfg):
 
 
 def explained(error: Exception) -> str | None:
-    """What to tell the user about an error; None: it is a defect of the project."""
+    """What to tell the user about an error; nothing, if another process does; None: it is a defect."""
     if isinstance(error, UserError | OSError):  # an OSError says what is wrong with which file
         return "\n".join(map(files.plain, str(error).splitlines()))
     text = first_line(error)
@@ -69,10 +71,14 @@ def explained(error: Exception) -> str | None:
         return f"out of memory: {text}\nmake batches, --size or --frames smaller, or use more or larger GPUs"
     if forked.others and forked.one_has_ended():  # this is what it does to us, and it says why it ended
         return ""
-    lost = re.search("gloo|NCCL|connection|TCPStore|[Ss]ocket", text)
-    if isinstance(error, RuntimeError) and lost and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return "another process of this job has ended, and said why; the same command goes on from here"
-    return None
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):
+        return files.plain(text)
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone or not re.search("gloo|NCCL|TCPStore|[Cc]onnection|[Ss]ocket", text):
+        return None
+    if forked.pipe:  # the first process knows
+        return ""
+    return "another process of this job has ended, and said why; the same command goes on"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -414,6 +420,13 @@ def as_stored(values: dict) -> dict:
 
 def first_line(error) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_finite(x: torch.Tensor, what: str):
+    """Refuses nan and infinity. The CPU waits for x here: not for steps of a solver, nor of a training."""
+    if x.is_floating_point() and x.numel():
+        if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
+            raise UserError(f"{what}: NaN or infinite values; mend what made them")
 
 
 def fill(module: torch.nn.Module, weights: dict[str, Stored], device, what: str) -> torch.nn.Module:

@@ -35,13 +35,14 @@ import files
 import flags
 import locate
 from common import UserError, open_weights, read_json, rng, save_tensors
-from files import as_json, plain, replacing
+from files import as_json, escaped, replacing
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> 0..255, rounded to the nearest level; uint8 passes through."""
     if video.dtype == torch.uint8:
         return video
+    common.check_finite(video, "a video")
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -300,7 +301,7 @@ def writing(path, fps, tags: dict | None = None, crf: int = 18, preset: str = "m
         with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4",
                                                    container_options={"movflags": "+faststart"}) as container:
             # players show these two keys; what is set after the first packet would be lost
-            container.metadata["title"] = plain(str(tags.get("prompt", "")))
+            container.metadata["title"] = escaped(str(tags.get("prompt", "")))
             container.metadata["comment"] = as_json(tags)
             stream = None
             scaler = VideoReformatter()
@@ -383,13 +384,29 @@ def film_strip(path, rows: list[torch.Tensor], height: int | None = None, gap: i
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
-def list_folder(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """(video, caption), the caption from clip.txt beside clip.mp4."""
+CAPTION = 100_000  # the most bytes or characters of one; networks see 512 tokens
+
+
+def list_folder(folder: Path) -> Iterator[tuple[Path, str | None, str | None]]:
+    """(video, caption, why it has none), the caption from clip.txt beside clip.mp4. A link to nowhere is
+    listed, too, so that somebody says so."""
     for path in folder.rglob("*"):
         # macOS writes ._clip.mp4 beside clip.mp4 on other file systems
-        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            text = path.with_suffix(".txt")
-            yield path, read_utf8(text) if text.exists() else None
+        named = path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+        if named and (path.is_file() or path.is_symlink() and not path.exists()):
+            yield path, *read_caption(path.with_suffix(".txt"))
+
+
+def read_caption(file: Path) -> tuple[str | None, str | None]:
+    """(the text, None), or (None, why there is none)."""
+    try:
+        if not file.is_file():
+            return None, None
+        if (size := file.stat().st_size) > CAPTION:
+            return None, f"{file} has {size} bytes; {CAPTION} are the most for a caption"
+        return read_utf8(file), None
+    except (UserError, OSError) as error:
+        return None, str(error)
 
 
 def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
@@ -606,6 +623,7 @@ class Writer:
     def write(self, id: str, latents, text):
         entry, size = self.entries[id], self.source_bytes(id)
         if not self.has(id):
+            common.check_finite(latents.to(LATENT_DTYPE), f"the latents of clip {id}")
             about = (entry["prompt"], entry["source"]) + (() if size is None else (size,))
             write_clip(self.folder, id, latents, text, *about)
         self.text_file(id).unlink(missing_ok=True)

@@ -199,7 +199,7 @@ def find_videos(folders: dict[str, Path], is_toy: bool, ranks, same_kind=True):
     """([Clip] in order, {path: why it is skipped}), the same on all ranks. same_kind: a method's videos must
     agree in size and frame rate."""
     listed = [(method, path, text) for method, folder in folders.items()
-              for path, text in sorted(data.list_folder(folder), key=lambda pair: str(pair[0]))]
+              for path, text, _ in sorted(data.list_folder(folder), key=lambda row: str(row[0]))]
     skipped = {str(folder): "holds no videos" for method, folder in folders.items()
                if not any(row[0] == method for row in listed)}
 

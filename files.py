@@ -99,7 +99,11 @@ def append(path, line: str):
 
 def as_json(value, **options) -> str:
     """Readable JSON that UTF-8 can hold."""
-    text = json.dumps(value, ensure_ascii=False, **options)
+    return escaped(json.dumps(value, ensure_ascii=False, **options))
+
+
+def escaped(text: str) -> str:
+    """Text in which what is no character is written out."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -144,7 +148,7 @@ def own(folder, what: str):
         if pid != os.getpid():  # of the process that this one was forked from
             del held[other]
     if mark in held:
-        return
+        return sweep(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marked = mark.exists()
     if not marked and not (folder / FIRST.get(what, MARK)).exists():
@@ -298,9 +302,18 @@ ESCAPES = {c: f"\\x{c:02x}" if c < 256 else f"\\u{c:04x}" for c in SPECIAL}
 ESCAPES_IN_TEXT = {c: text for c, text in ESCAPES.items() if chr(c) not in "\n\t"}
 
 
+def is_name(text: str) -> bool:
+    """Is this the name of a file that can be written here, without folders?"""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:  # half a character
+        return False
+    return 0 < size <= 230 and not {"/", "\0"} & set(text) and text not in (".", "..")
+
+
 def plain(text: str) -> str:
     """One line that any terminal and encoding can show: what controls it, or is no character, is escaped."""
-    return text.translate(ESCAPES).encode("utf-8", "backslashreplace").decode()
+    return escaped(text.translate(ESCAPES))
 
 
 class Screen(io.TextIOWrapper):
@@ -309,6 +322,7 @@ class Screen(io.TextIOWrapper):
     def __init__(self, stream, kept: str):
         super().__init__(stream.buffer, stream.encoding, "backslashreplace",
                          line_buffering=stream.line_buffering, write_through=stream.write_through)
+        self.before = stream  # which would close the buffer when it goes
         self.escapes = {c: text for c, text in ESCAPES_IN_TEXT.items() if chr(c) not in kept}
 
     def write(self, text: str) -> int:
@@ -317,5 +331,6 @@ class Screen(io.TextIOWrapper):
 
 def guard_screen():
     """From here on; a progress bar returns to the start of its line."""
-    sys.stdout.flush()
-    sys.stdout, sys.stderr = Screen(sys.stdout, ""), Screen(sys.stderr, "\r")
+    if not isinstance(sys.stdout, Screen):
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = Screen(sys.stdout, ""), Screen(sys.stderr, "\r")

@@ -165,6 +165,7 @@ class Several(argparse.Action):
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
 
 
+@functools.cache
 def field_comments(config: type) -> dict[str, str]:
     comments, above = {}, []
     for line in inspect.getsource(config).splitlines():

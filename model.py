@@ -670,6 +670,8 @@ def save(model: WanModel, folder, weights: dict | None = None, **extra):
     folder = Path(folder)
     config = asdict(model.config)
     weights = weights or model.state_dict()
+    for name, value in weights.items():
+        common.check_finite(value, f"{name} of the weights for {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     del config["text_dim"]  # official files leave it to the weights
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"} | config | extra

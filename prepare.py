@@ -87,7 +87,7 @@ def find_unusable(listed, out, ranks) -> dict[str, str]:
     skipped = {}
     for clip in listed[ranks.rank::ranks.world]:
         if not clip.caption:
-            skipped[clip.id] = f"{clip.path}: no caption"
+            skipped[clip.id] = clip.problem or f"{clip.path}: no caption"
         elif not clip.path.is_file() and not data.clip_file(out, clip.id).exists():
             skipped[clip.id] = f"no such file: {clip.path}"
     return dict(common.gathered(list(skipped.items()), ranks))

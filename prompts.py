@@ -66,6 +66,8 @@ def texts_and_times(row: dict, seconds: float, where: str) -> tuple[list[str], l
         texts = [texts.strip()]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{where}: an empty prompt")
+    if any(len(text) > data.CAPTION for text in texts):
+        raise UserError(f"{where}: a prompt of over {data.CAPTION} characters")
     if times is None:
         times = [i * seconds / len(texts) for i in range(len(texts))]
     rising = all(isinstance(t, int | float) for t in times) and all(a < b for a, b in pairwise(times))

@@ -34,8 +34,8 @@ def write(out: Path, report: dict, clips: list):
     csv.writer(text, lineterminator="\n").writerows([("method", "metric", "t_seconds", "mean", "sem"), *rows])
     files.write_text(out / "curves.csv", text.getvalue())
     with files.replacing(out / "curves.npz") as temporary, open(temporary, "wb") as f:
-        np.savez_compressed(f, **{f"{v['method']}/{v['name']}/{name}": curve for v in report["videos"]
-                                  for name, curve in v["curves"].items()})
+        np.savez_compressed(f, **{files.plain(f"{v['method']}/{v['name']}/{name}"): curve
+                                  for v in report["videos"] for name, curve in v["curves"].items()})
     plain = without_nan({k: v for k, v in report.items() if k != "curves"})
     for video in plain["videos"]:
         del video["curves"]

@@ -195,8 +195,6 @@ def make(cfg, clips, index, todo, store, ranks):
                     raise UserError(f"the prompt of clip {clip['id']} is {len(clip['text'])} tokens; "
                                     f"{cfg.model} takes {net.config.text_len} at most")
             for id, clip, latents in zip(ids, batch, roll_out(cfg, net, batch, null), strict=True):
-                if not latents.to(data.LATENT_DTYPE).isfinite().all():
-                    raise UserError(f"the rollout of clip {clip['id']} is not finite: {cfg.model} is broken")
                 store.write(id, latents, clip["text"])
             bar.update(len(ids))
     print0(f"{count / (time.monotonic() - start):.3g} rollouts/s" + common.share_of(ranks))

@@ -121,7 +121,7 @@ import model
 import t5
 import vae
 from common import UserError, print0
-from files import write_text
+from files import is_name, write_text
 from prompts import read_prompts, texts_and_times
 
 # the flags that determine a video; its tags hold them, and --like reads them from there
@@ -316,8 +316,8 @@ def plan(cfg: Config, rows, coder) -> list[Job]:
         first = row.get("seed", cfg.seed)
         for seed in range(first, first + cfg.samples):
             file = f"{name}-seed{seed}.mp4" if seed != 0 or cfg.samples > 1 else f"{name}.mp4"
-            if Path(file).name != file or file in jobs:
-                raise UserError(f"{where}: the name {file} is taken, or no file name; choose another")
+            if not is_name(file) or file in jobs:
+                raise UserError(f"{where}: the name {file[:80]} is taken, or no file name; choose another")
             jobs[file] = Job(Path(cfg.out, file), begin, frames, starts, recipe | {
                 "extend": extend, "prompt": " | ".join(texts), "prompts": texts, "times": times, "seed": seed,
                 "id": row["id"], "name": name, "seconds": seconds, "frames": coder.frame_count(frames)})

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import tarfile
 from collections import Counter
@@ -27,13 +26,15 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "dense_caption")
 START_COLUMNS = ("start", "start_sec", "start_time")  # seconds, or H:M:S
 END_COLUMNS = ("end", "end_sec", "end_time")
 
-Listed = Iterator[tuple[str, Path | Excerpt, str | None]]  # name, video, caption
+# name, video, caption, why its caption cannot be used
+Listed = Iterator[tuple[str, Path | Excerpt, str | None, str | None]]
 
 
 class Source(NamedTuple):
     id: str
     path: Path | Excerpt
     caption: str | None
+    problem: str | None = None  # with its caption
 
 
 def find_clips(videos, caption_key: str | None = None, roots=(), where: str | None = None) -> list[Source]:
@@ -44,8 +45,8 @@ def find_clips(videos, caption_key: str | None = None, roots=(), where: str | No
     selection = Selection(where)
     clips = {}
     for place in places:
-        for name, path, caption in list_videos(place, caption_key, roots, selection):
-            clip = Source(clip_id(name), path, (caption or "").strip() or None)
+        for name, path, caption, problem in list_videos(place, caption_key, roots, selection):
+            clip = Source(clip_id(name), path, (caption or "").strip() or None, problem)
             if clip.id in clips:
                 raise UserError(f"{place}: {name} is listed twice")
             clips[clip.id] = clip
@@ -54,8 +55,9 @@ def find_clips(videos, caption_key: str | None = None, roots=(), where: str | No
     if not clips:
         raise UserError(f"no videos in {shown} ({' '.join(sorted(data.VIDEO_SUFFIXES))})")
     if not any(clip.caption for clip in clips.values()):
-        raise UserError(f"none of the {len(clips)} videos in {shown} has a caption: put clip.txt beside "
-                        "clip.mp4, or list both in metadata.jsonl or metadata.csv")
+        problem = next((clip.problem for clip in clips.values() if clip.problem), None)
+        raise UserError(f"none of the {len(clips)} videos in {shown} has a caption: " + (
+            problem or "put clip.txt beside clip.mp4, or list both in metadata.jsonl or metadata.csv"))
     return [clips[id] for id in sorted(clips)]
 
 
@@ -64,7 +66,8 @@ def clip_id(name: str) -> str:
     if re.fullmatch(r"\w[\w-]{,99}\.mp4", name, re.ASCII):
         return name.removesuffix(".mp4")
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:60].strip("-")
-    return f"{slug}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{slug}-{digest[:10]}"
 
 
 def list_videos(place: Path, caption_key, roots, selection) -> Listed:
@@ -79,7 +82,7 @@ def list_videos(place: Path, caption_key, roots, selection) -> Listed:
     table = next((table for table in tables if table.exists()), None)
     if table:
         return list_rows(table, caption_key, roots, selection)
-    loose = [(path.relative_to(place).as_posix(), path, text) for path, text in data.list_folder(place)]
+    loose = [(path.relative_to(place).as_posix(), path, *text) for path, *text in data.list_folder(place)]
     flags = {"caption-key": caption_key, "where": selection.text, "root": " ".join(map(str, roots))}
     for flag, value in flags.items():
         if loose and value:
@@ -128,7 +131,7 @@ def list_rows(table: Path, caption_key, roots, selection) -> Listed:
         place = f"{table}:{number}"
         if selection.takes(row, place):
             name, video = locate(row, roots, place)
-            yield name, video, caption_of(row, caption_key, place)
+            yield name, video, *caption_of(row, caption_key, place)
 
 
 def read_table(table: Path) -> Iterator[tuple[int, dict]]:
@@ -207,13 +210,16 @@ def seconds(time) -> float:
     return total
 
 
-def caption_of(row: dict, caption_key: str | None, place: str) -> str | None:
+def caption_of(row: dict, caption_key: str | None, place: str) -> tuple[str | None, str | None]:
+    """(the caption, why it cannot be used)."""
     if caption_key and caption_key not in row:
         raise UserError(f"{place}: no {caption_key!r}; it has {', '.join(map(str, row))}")
     caption = first_of(row, [caption_key] if caption_key else CAPTION_COLUMNS)
     if not isinstance(caption, str | None):
-        raise UserError(f"{place}: a caption must be text, not {str(caption)[:40]}")
-    return caption
+        return None, f"{place}: a caption must be text, not {str(caption)[:40]}"
+    if caption and len(caption) > data.CAPTION:
+        return None, f"{place}: a caption of {len(caption)} characters; {data.CAPTION} are the most"
+    return caption, None
 
 
 def first_of(row: dict, columns):
@@ -229,10 +235,14 @@ def list_shard(shard: Path, name: str, caption_key, selection) -> Listed:
         with tarfile.open(shard, "r:") as tar:
             for key, members in samples_of(tar).items():
                 video = next((members[suffix] for suffix in members if suffix in data.VIDEO_SUFFIXES), None)
-                row = read_sample(tar, members, f"{shard}: {key}") if video else {}
-                if video and selection.takes(row, f"{shard}: {key}"):
-                    excerpt = Excerpt(shard, member=video.name, offset=video.offset_data, size=video.size)
-                    yield f"{name}/{key}.mp4", excerpt, caption_of(row, caption_key, f"{shard}: {key}")
+                if not video:
+                    continue
+                excerpt = Excerpt(shard, member=video.name, offset=video.offset_data, size=video.size)
+                row, problem = read_sample(tar, members, f"{shard}: {key}")
+                if problem:
+                    yield f"{name}/{key}.mp4", excerpt, None, problem
+                elif selection.takes(row, f"{shard}: {key}"):
+                    yield f"{name}/{key}.mp4", excerpt, *caption_of(row, caption_key, f"{shard}: {key}")
     except tarfile.TarError as error:
         raise UserError(f"{shard} cannot be read as a tar without compression: {error}") from None
 
@@ -249,14 +259,16 @@ def samples_of(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
     return samples
 
 
-def read_sample(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], place: str) -> dict:
-    """The row of a sample: what its .json has, and its .txt as the caption."""
+def read_sample(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], place: str) -> tuple:
+    """(the row of a sample, what is wrong with it or None). Its .txt is the caption, its .json the rest."""
     try:
-        texts = {suffix: tar.extractfile(members[suffix]).read().decode("utf-8-sig")
-                 for suffix in (".json", ".txt") if suffix in members}
+        present = [suffix for suffix in (".json", ".txt") if suffix in members]
+        if any(members[suffix].size > 10 * data.CAPTION for suffix in present):
+            return {}, f"{place}: its text is too long for a caption"
+        texts = {suffix: tar.extractfile(members[suffix]).read().decode("utf-8-sig") for suffix in present}
         row = json.loads(texts.get(".json", "{}"))
-    except ValueError as error:
-        raise UserError(f"{place}: its text is not UTF-8, or its json not valid: {error}") from None
+    except (ValueError, RecursionError) as error:
+        return {}, f"{place}: its text is not UTF-8, or its json not valid: {error}"
     if not isinstance(row, dict):
-        raise UserError(f"{place}: its json is not {{\"caption\": ...}} but {str(row)[:40]}")
-    return row | ({"caption": texts[".txt"]} if ".txt" in texts else {})
+        return {}, f"{place}: its json is not {{\"caption\": ...}} but {str(row)[:40]}"
+    return row | ({"caption": texts[".txt"]} if ".txt" in texts else {}), None

@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 import locate
-from common import UserError, fill, first_line, save_tensors
+from common import UserError, check_finite, fill, first_line, save_tensors
 
 try:
     import ftfy  # Wan's own cleaning of prompts, where it is installed
@@ -207,6 +207,8 @@ class TextEncoder(NamedTuple):
             for length, group in by_length.items():
                 for batch in torch.tensor(group).split(BATCH_TOKENS // length):
                     rows |= zip(map(tuple, batch.tolist()), self.encoder(batch.to(device)), strict=True)
+        largest = [row.abs().amax() for row in rows.values()]
+        check_finite(torch.stack(largest) if rows else torch.empty(0), "what the text encoder made")
         return [rows[key].clone() for key in ids]  # each with its own memory, and accepted by autograd
 
 

@@ -578,7 +578,10 @@ class Log:
         if ranks.rank == 0:
             self.cut(-1 if resumed is None else resumed)
             if cfg.wandb:
-                import wandb
+                try:
+                    import wandb
+                except ImportError:
+                    raise UserError(f"--wandb {cfg.wandb}: pip install wandb first") from None
                 self.wandb = wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), resume="allow")
         print_setting(cfg, samples, state, ranks, resumed)
 

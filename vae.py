@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import locate
-from common import UserError, fill, save_tensors
+from common import UserError, check_finite, fill, save_tensors
 
 # mean and standard deviation of Wan2.1's latents by channel, which its own file does not hold
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -411,11 +411,6 @@ def check_shape(x, what, layout, channels):
         raise UserError(f"{what} has shape {list(x.shape)}: nothing in it")
 
 
-def check_finite(x, what):  # not for streams, where each check would make the CPU wait for the GPU
-    if not torch.stack(x.detach().aminmax()).isfinite().all():  # NaN passes through min and max
-        raise UserError(f"{what} holds NaN or infinite values; mend what made it")
-
-
 # ----------------------------------------------------------------------------------------------------
 # files
 
@@ -434,6 +429,9 @@ def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
             raise UserError(f"{files[0]} lacks latents_mean and latents_std, and Wan's are for "
                             f"{len(WAN_MEAN)} channels, not {sizes['z_dim']}: write the VAE with vae.save")
         stats = {"latents_mean": WAN_MEAN, "latents_std": WAN_STD}
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in stats.values())
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(f"{files[0]}: latents_mean and latents_std must be finite, the latter above 0")
     with torch.device("meta"):
         vae = WanVAE(**sizes, **{k: list(v) for k, v in stats.items()}).to(dtype)
     return channels_last(fill(vae, weights, device, what)).requires_grad_(False)

@@ -182,7 +182,7 @@ def test_neighbours():
 def test_forked_ranks_end_as_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    for what, code, said in (("start", 0, ""), ("all", 1, "script.py: no such folder\n"),
+    for what, code, said in (("start", 0, ""), ("all", 2, "script.py: no such folder\n"),
                              ("error 0", 2, "script.py: rank 0 cannot read a.mp4\n"),
                              ("error 1", 2, "script.py: rank 1 cannot read a.mp4\n"),
                              ("kill 1", 137, r"process \d+ was ended by signal 9; .*\n")):

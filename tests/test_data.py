@@ -21,6 +21,7 @@ from worlds import read_video, umask
 
 import common
 import data
+import files
 
 BITS, BAR = 10, 16  # a frame shows its number as 10 bars, black or white, 16 pixels wide: h264 cannot hurt it
 WIDTH, HEIGHT = BITS * BAR, 32
@@ -618,8 +619,8 @@ def test_a_store_is_made_by_its_writer(tmp_path, ranks, monkeypatch):
     assert Encoder.seen == [16, 4] and data.clip_file(folder, "c3").stat().st_mtime_ns == kept
     assert [clip["id"] for clip in data.Clips(folder)] == [f"c{i}" for i in range(20)]
     assert (data.Clips(folder).load(7)["text"] == 7).all()
-    assert {p.name for p in folder.iterdir()} == {"clips", "meta.json", "index.jsonl"}
-    assert len(list(folder.glob("clips/*"))) == 20 and not list(folder.rglob(".*"))
+    assert {p.name for p in folder.iterdir()} == {files.MARK, "clips", "meta.json", "index.jsonl"}
+    assert len(list(folder.glob("clips/*"))) == 20 and not list(folder.rglob(".*.tmp"))
     with pytest.raises(common.UserError, match="was begun with fps = 16, not 24"):
         data.Writer(folder, ranks, {"fps": 24}, entries)
     with pytest.raises(common.UserError, match="no space(?s:.*)20 finished clips are kept in"):

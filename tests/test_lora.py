@@ -10,6 +10,7 @@ from worlds import fill_store, fork_ranks, relative, run_stage, tiny_model
 
 import common
 import data
+import files
 import locate
 import lora
 import model
@@ -248,7 +249,7 @@ def test_a_bf16_base_has_fp32_matrices():
 def test_model_k_is_the_lora_and_loads_as_the_model_that_was_trained(world, made, ranks):
     """Through the function of the network in training, with averaged weights."""
     assert {file.name for file in made.iterdir() if file.is_file()} == {
-        locate.ADAPTER, "config.json", "log.jsonl", "run.json"}
+        files.MARK, locate.ADAPTER, "config.json", "log.jsonl", "run.json"}
     config = json.loads((made / "config.json").read_text())
     assert (config["base"], config["lora_rank"], config["step"], config["mode"]) == ("../wan", RANK, 4, "df")
     assert str(world) not in (made / "config.json").read_text()

@@ -139,7 +139,7 @@ def test_text_to_video(make, models, capsys):
     assert recipe == sorted(sample.RECIPE), "in an order that every process shares, or its bytes differ"
     assert film.float().std() > 5, "nothing to see"
     assert f"videos/{name}.mp4: 21 frames (1.31 s), " in capsys.readouterr().out
-    assert sorted(os.listdir("videos")) == [f"{name}.mp4"]
+    assert sorted(os.listdir("videos")) == [files.MARK, f"{name}.mp4"]
 
 
 def test_long_video(make, models, spy):
@@ -536,7 +536,7 @@ def test_a_failure_midway_leaves_no_file(make, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the model broke"):
         patch.setattr(diffusion, "generate", broken)
         make(**flags)
-    assert os.listdir("videos") == []
+    assert os.listdir("videos") == [files.MARK]
 
     @contextlib.contextmanager
     def full(path, *args):
@@ -552,7 +552,7 @@ def test_a_failure_midway_leaves_no_file(make, monkeypatch):
 
 
 def test_the_command_line(models, tmp_path):
-    errors = call("sample.py", code=1).stderr
+    errors = call("sample.py", code=2).stderr
     assert errors.startswith("sample.py: no model; give --model DIR") and len(errors.splitlines()) == 2
     flags = "--prompt", "a red disc", "--seconds", 0.5, "--steps", 1, "--out", tmp_path / "out"
     call("sample.py", "--model", models / "wan", *flags)

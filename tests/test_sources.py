@@ -248,7 +248,7 @@ def test_miradata_as_published_in_april_2024(tmp_path):
     put(roots[1], "000000000/000000000006_y.mp4")
     assert find_clips(table, "dense_caption", roots)[1].path == lost[1], "its fps is nan"
     [clip] = find_clips(table, "short_caption", ["r", roots[1]], "fps=29.97")
-    assert clip == ("000000000005_x-000000", data.Excerpt(x, 30 / 29.97, 60 / 29.97), "a disc")
+    assert clip[:3] == ("000000000005_x-000000", data.Excerpt(x, 30 / 29.97, 60 / 29.97), "a disc")
 
 
 def test_miradata_as_published_in_july_2024(tmp_path):
