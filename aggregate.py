@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from flags import Device, Dtype, in_range, parse
+from flags import Count, Device, Dtype, in_range, parse
 
 CHUNK = 3  # latent frames; the first chunk of a rollout is real
 TEMPLATE = "A reversed video of {}"
@@ -43,6 +43,7 @@ class Config:
     flip: Literal["pixels", "latents"] = "pixels"
     # As an ablation, the --videos of prepare.py: a rollout's real frames are read from there, not decoded
     paste_real: str | None = None
+    batch: Count = 1  # Videos that the VAE takes at once; changes clips by rounding only
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
     device: Device | None = None  # cuda or cpu (default: cuda if available)
@@ -76,10 +77,10 @@ def main(cfg: Config):
     entries = [entry(cfg, rollout) for rollout in rollouts]
     check_entries(cfg, clips, entries, rollouts)
     store = data.Writer(cfg.out, ranks, describe(cfg, clips, rollouts), entries)
-    todo = [j for j in range(ranks.rank, len(entries), ranks.world) if not store.has(entries[j]["id"])]
-    print0(f"{len(entries)} rollouts; {len(todo)} to reverse" + common.share_of(ranks))
+    todo = store.share(cfg.batch)
+    print0(f"{len(entries)} rollouts; {sum(map(len, todo))} to reverse" + common.share_of(ranks))
     with store.keeping():
-        reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks)
+        reverse_rollouts(cfg, clips, rollouts, todo, store, ranks)
         finish(clips, store, ranks)
     counts = Counter(clips.kinds) + Counter(corrective=len(entries))
     print0(f"{counts.total()} clips in {store.folder}: "
@@ -188,23 +189,26 @@ def describe(cfg, clips, rollouts) -> dict:
         "paste_real": cfg.paste_real and str(Path(cfg.paste_real).resolve()), "dtype": cfg.dtype}
 
 
-def reverse_rollouts(cfg, clips, rollouts, entries, todo, store, ranks):
-    """Writes the corrective clips of the rollouts whose indices are in todo."""
+def reverse_rollouts(cfg, clips, rollouts, todo, store, ranks):
+    """Writes the corrective clips whose ids are in todo, batch by batch."""
     dtype = getattr(torch, cfg.dtype)
     if cfg.rewrite:
         store.stage_texts(lambda: t5.load(cfg.wan, ranks.device, dtype), "prompts")
     coder = vae.load(cfg.wan, ranks.device, dtype)
     listed = sources.find_clips(cfg.paste_real) if cfg.paste_real else []
     videos = {source.id: source.path for source in listed}
-    with common.progress(len(todo), "clips", ranks) as bar:
-        for j in todo:
-            rollout = rollouts.load(j)
-            new = entries[j]
-            real = read_real(cfg, videos, rollout["source"], clips.meta(), coder) if cfg.paste_real else None
-            latents = reverse(rollout["latents"][None], coder, cfg.flip, real)[0]
-            text = store.staged_text(new["id"]) if cfg.rewrite else rollout["text"]
-            store.write(new["id"], latents, text)
-            bar.update()
+    places = {id: j for j, id in enumerate(store.entries)}
+    with common.progress(sum(map(len, todo)), "clips", ranks) as bar:
+        for ids in todo:
+            batch = [rollouts.load(places[id]) for id in ids]
+            real = None
+            if cfg.paste_real:
+                real = torch.cat([read_real(cfg, videos, rollout["source"], clips.meta(), coder)
+                                  for rollout in batch])
+            latents = reverse(torch.stack([rollout["latents"] for rollout in batch]), coder, cfg.flip, real)
+            for id, rollout, z in zip(ids, batch, latents, strict=True):
+                store.write(id, z, store.staged_text(id) if cfg.rewrite else rollout["text"])
+                bar.update()
 
 
 def read_real(cfg, videos, id, meta, coder) -> torch.Tensor:

@@ -41,6 +41,7 @@ else
     TRAIN=${TRAIN:-"--batch 16 --micro 16 --lr 1e-3 --warmup 50 --beta2 0.99 --ema 0.995 --shift 3
                     --log-every 50 --eval-every 450 --save-every 200 --preview-every 0"}
     MAKE=${MAKE:-"--steps 10 --guidance 1 --shift 3 --batch 16"}
+    PREPARE=${PREPARE:-"--batch 8"} AGGREGATE=${AGGREGATE:-"--batch 8"}
 fi
 
 if ! [ "${PYTHON:-}" ]; then

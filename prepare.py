@@ -39,6 +39,7 @@ class Config:
     # VALUE stands for anything (default: all rows)
     where: str | None = None
     seed: int = 0  # Seed of the position at which each clip is cut from its video
+    batch: Count = 1  # Videos that the VAE takes at once; changes clips by rounding only
     # Number format of the networks (default: bfloat16 on a GPU, else float32)
     dtype: Dtype | None = None
     device: Device | None = None  # cuda or cpu (default: cuda if available)
@@ -78,7 +79,7 @@ def main(cfg: Config):
                         lambda id: data.size(clips[id].path))
     with store.keeping():
         encode_captions(cfg, store, ranks, dtype)
-        skipped |= encode_videos(cfg, list(clips.values()), geometry, store, ranks, dtype)
+        skipped |= encode_videos(cfg, clips, geometry, store, ranks, dtype)
         return finish(listed, store, ranks, skipped)
 
 
@@ -124,24 +125,27 @@ def encode_captions(cfg, store, ranks, dtype):
 
 
 def encode_videos(cfg, clips, geometry, store, ranks, dtype) -> dict[str, str]:
-    """Writes this rank's clips. Returns {id: reason} of those that cannot be used."""
-    def read(clip):
-        try:
-            return data.read_seed_clip(clip.path, clip.id, geometry, cfg.seed)
-        except UserError as error:
-            return str(error)
+    """Writes this rank's clips, of {id: clip}. Returns {id: reason} of those that cannot be used."""
+    skipped = {}
+
+    def read(ids):
+        pixels = {}
+        for id in ids:
+            try:
+                pixels[id] = data.read_seed_clip(clips[id].path, id, geometry, cfg.seed)
+            except UserError as error:
+                skipped[id] = str(error)
+        return pixels
 
     coder = vae.load(cfg.wan, ranks.device, dtype)
-    todo = [clip for clip in clips[ranks.rank::ranks.world] if not store.has(clip.id)]
-    skipped = {}
-    with common.progress(len(todo), "clips", ranks) as bar:
-        for clip, pixels in common.ahead(read, todo):
-            if isinstance(pixels, str):
-                skipped[clip.id] = pixels
-            else:
-                latents = coder.encode(data.to_float(pixels[None].to(ranks.device)))[0]
-                store.write(clip.id, latents, store.staged_text(clip.id))
-            bar.update()
+    todo = store.share(cfg.batch)
+    with common.progress(sum(map(len, todo)), "clips", ranks) as bar:
+        for ids, pixels in common.ahead(read, todo):
+            if pixels:
+                video = data.to_float(torch.stack([*pixels.values()]).to(ranks.device))
+                for id, latents in zip(pixels, coder.encode(video), strict=True):
+                    store.write(id, latents, store.staged_text(id))
+            bar.update(len(ids))
     return skipped
 
 

@@ -324,6 +324,17 @@ def test_ranks_leave_no_trace(work, ranks):
     assert tree("shared") == tree(make())
 
 
+@pytest.mark.parametrize("pasted", [False, True])
+def test_batches_change_clips_by_rounding_only(first, work, pasted):
+    real = first / "videos" if pasted else None
+    one, three = (data.Clips(make(out=f"by_{count}", batch=count, paste_real=real)) for count in (1, 3))
+    assert len(one) == len(three) == CLIPS + ROLLOUTS
+    for i in range(len(one)):
+        a, b = one.load(i), three.load(i)
+        assert (a["id"], a["prompt"]) == (b["id"], b["prompt"])
+        torch.testing.assert_close(a["latents"], b["latents"], rtol=0.02, atol=0.02)
+
+
 def test_torchrun_leaves_no_trace(work):
     done = worlds.call("aggregate.py", "--rollouts", "rollout_0", "--out", "shared", ranks=2)
     assert "3 rollouts; 2 to reverse on this rank, the first of 2" in done.stdout

@@ -73,6 +73,19 @@ def test_ranks_make_the_same_bytes(world, agg_0, tmp_path):
     assert tree_but_command(tmp_path / "agg") == tree_but_command(agg_0)
 
 
+def test_batches_change_clips_by_rounding_only(world, agg_0, tmp_path):
+    """One of a batch may be no video."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world / "videos", videos)
+    (videos / "00001.mp4").write_text("not a video")
+    call("prepare.py", *flags(world, tmp_path / "agg", videos), "--batch", 3)
+    ids = [clip["id"] for clip in data.Clips(tmp_path / "agg")]
+    assert ids == ["00000", "00002", "00003", "00004", "00005"]
+    for id in ids:
+        made, alone = (load_file(data.clip_file(out, id))["latents"] for out in (tmp_path / "agg", agg_0))
+        torch.testing.assert_close(made, alone, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("when", ["text/00003", "clips/00001", "clips/00004"])
 def test_killed_and_started_again_it_ends_the_same(world, agg_0, tmp_path, when):
     out = tmp_path / "agg"
