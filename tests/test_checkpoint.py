@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from worlds import fork_ranks, tree
 
 import checkpoint
@@ -35,9 +36,7 @@ def make_state(net, step=0):
 def value(name, step, x):
     """For a tensor of x's shape; sharded as x is."""
     whole = torch.randn(x.shape, generator=common.rng(name, step), dtype=x.dtype)
-    if not isinstance(x, checkpoint.DTensor):
-        return whole
-    return torch.distributed.tensor.distribute_tensor(whole, x.device_mesh, x.placements)
+    return distribute_tensor(whole, x.device_mesh, x.placements) if checkpoint.is_spread(x) else whole
 
 
 def small_net(sharded=False):
