@@ -355,7 +355,7 @@ def weight_files(folder, stem: str) -> list[Path]:
         return present
     (index,) = present
     shards = records.read(index, {"weight_map": dict})["weight_map"]
-    names = {name for name in shards.values() if isinstance(name, str) and Path(name).name == name}
+    names = {name for name in shards.values() if records.fits(name, Path) and Path(name).name == name}
     if not names or len(names) < len(set(map(str, shards.values()))):
         raise UserError(f"{index} names no shards, or some outside its folder, in its weight_map")
     files = [folder / name for name in sorted(names)]
@@ -396,6 +396,8 @@ def open_weights(*files) -> tuple[dict, dict]:
         except Exception as error:  # torch raises pickle.UnpicklingError, a bare Exception, for both reasons
             raise UserError(f"{file} is corrupt, or holds more than tensors, such as code, which is not run; "
                             f"give a .safetensors ({type(error).__name__})") from None
+    if any(len(str(name)) > 300 for name in weights):
+        raise UserError(f"{file} is no checkpoint: a tensor has a name of more than 300 characters")
     return weights, metadata
 
 

@@ -111,6 +111,9 @@ class Video(NamedTuple):
         return round(self.duration * self.fps)
 
 
+MOST_PIXELS = 2**26  # of a frame, twice an 8K video's: a small file may claim any size
+
+
 @contextlib.contextmanager
 def opened(path):
     """Yields (container, its video stream). What PyAV cannot read becomes a UserError."""
@@ -120,15 +123,19 @@ def opened(path):
     if not path.byte_count():
         raise UserError(f"{path} is empty (0 bytes)")
     try:
-        with av.open(path.url()) as container:
+        with av.open(path.url(), metadata_errors="replace") as container:
             # a cover picture is listed as a video stream too
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise UserError(f"{path} has no video stream")
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
     except av.FFmpegError as error:
         raise UserError(f"{path} cannot be read as a video: {error.strerror}") from None
+    except ArithmeticError as error:  # a rate of 0 / 0, a size of 0, a time beyond all numbers
+        raise UserError(f"{path} cannot be read as a video: its sizes or times are not possible ({error})"
+                        ) from None
 
 
 def probe(path) -> Video:
@@ -446,10 +453,10 @@ MADE_OF = ("prompt", "source", "source_bytes")  # what a clip's file records; a 
 ID = re.compile(r"[^./\\\0-\37\177][^/\\\0-\37\177]*")  # what a file name may be
 # what all stores of a run have in common: entries of meta.json
 # what an entry of the index holds, and meta.json, as far as it is there
-ENTRY = {"id": str, "file": str, "prompt": str, "kind": str, "round": int, "source": str, "bytes": int,
+ENTRY = {"id": str, "file": Path, "prompt": str, "kind": str, "round": int, "source": str, "bytes": int,
          "crc32": int}
 META = {"latents": [records.SIZE] * 4, "width": records.SIZE, "height": records.SIZE, "frames": records.SIZE,
-        "fps": records.SIZE, "wan": str, "vae": str, "t5": str, "seed": int, "round": int, "command": [str]}
+        "fps": records.SIZE, "wan": Path, "vae": str, "t5": str, "seed": int, "round": int, "command": [str]}
 SHARED = ("latents", "width", "height", "frames", "fps", "vae", "t5")
 
 
@@ -513,9 +520,10 @@ def geometry(wan, size: str | None = None, frames: int | None = None, fps: int |
     config = Path(wan) / "config.json"
     preset = records.check(locate.read_config(config), config, {"geometry": dict}).get("geometry", {})
     records.check(preset, f"{config}: geometry", {"size": str, "frames": records.SIZE, "fps": records.SIZE})
-    match = re.fullmatch(r"(\d+)x(\d+)", size or preset.get("size", "832x480"))
+    wanted = size or preset.get("size", "832x480")
+    match = re.fullmatch(r"([1-9][0-9]{,4})x([1-9][0-9]{,4})", wanted)
     if not match:
-        raise UserError(f"size {size!r} is not WIDTHxHEIGHT, such as 832x480")
+        raise UserError(f"{'--size' if size else config}: {wanted!r} is not WIDTHxHEIGHT, such as 832x480")
     return Geometry(int(match[1]), int(match[2]), frames or preset.get("frames", 81),
                     fps or preset.get("fps", 16))
 

@@ -102,7 +102,7 @@ def holds(path, *networks: str) -> bool:
 
 def holds_other(folder: Path, network: str) -> bool:
     """Wan's transformer and diffusers' VAE are both diffusion_pytorch_model; config.json tells which."""
-    name = read_config(folder / "config.json").get("_class_name", "")
+    name = str(read_config(folder / "config.json").get("_class_name", ""))
     return network != "t5" and bool(name) and ("Autoencoder" in name) != (network == "vae")
 
 

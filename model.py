@@ -547,8 +547,8 @@ def base_of(file: Path) -> tuple[str | None, list[str]]:
 
 
 # what train_df.py writes into config.json
-SETTINGS = {"wan": str, "mode": str, "image_first": float, "held_out": int, "route": (records.SIZE, None),
-            "window": records.SIZE, "step": int, "base": str, "base_loras": [[str, float]]}
+SETTINGS = {"wan": Path, "mode": str, "image_first": float, "held_out": int, "route": (records.SIZE, None),
+            "window": records.SIZE, "step": int, "base": Path, "base_loras": [[Path, float]]}
 
 
 def settings(path) -> dict:
@@ -568,7 +568,7 @@ def trained_causally(path) -> bool | None:
     if "mode" in stated or "wan" in stated:
         return stated.get("mode") != "full"
     published = {"WanModel": False, "WanTransformer3DModel": False, "CausalWanModel": True}
-    return published.get(stated.get("_class_name"))
+    return published.get(str(stated.get("_class_name")))
 
 
 def read_checkpoint(path, loras=()) -> tuple[dict[str, Stored], Config]:

@@ -10,7 +10,7 @@ import records
 from common import UserError
 
 # what a line of a .jsonl may hold
-KINDS = {"prompt": (str, [str]), "times": list, "seed": int, "seconds": float, "name": str, "extend": str}
+KINDS = {"prompt": (str, [str]), "times": list, "seed": int, "seconds": float, "name": str, "extend": Path}
 
 
 def read_prompts(cfg, before: dict) -> list[tuple[str, dict]]:

@@ -2,11 +2,13 @@
 its line and its key; sizes are looked at before memory is taken.
 
 A kind says what a value must be: str, bool, int, float (finite, or whole), dict; a range for a whole number
-within it; None; [kind] for a list of such; [kind, kind] for one of so many; (kind, kind) for either.
+within it; Path for a text that can be one; None; [kind] for a list of such; [kind, kind] for one of so many;
+(kind, kind) for either.
 """
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,7 +100,17 @@ def fits(value, kind) -> bool:
         return type(value) is int and abs(value) < 2**63
     if kind is float:
         return fits(value, int) or type(value) is float and math.isfinite(value)
+    if kind is Path:
+        return isinstance(value, str) and can_be_path(value)
     return value is None if kind is None else isinstance(value, kind)
+
+
+def can_be_path(text: str) -> bool:
+    try:
+        return "\0" not in text and len(os.fsencode(text)) < 4096 and all(
+            len(os.fsencode(name)) < 256 for name in text.split("/"))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def named(kind) -> str:
@@ -108,10 +120,11 @@ def named(kind) -> str:
         return f"a list of {len(kind)}: {named(kind[0])}" if len(kind) > 1 else f"a list: {named(kind[0])}"
     if isinstance(kind, range):
         return f"a whole number from {kind[0]} to {kind[-1]}"
-    names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "a record"}
+    names = {str: "a text", Path: "a path", bool: "true or false", int: "a whole number", float: "a number",
+             dict: "a record"}
     return names.get(kind, "null")
 
 
 def shown(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     return text if len(text) < 60 else text[:57] + "..."

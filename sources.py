@@ -155,6 +155,8 @@ def locate(row: dict, roots: list[Path], place: str) -> tuple[str, Path | Excerp
     video = first_of(row, VIDEO_COLUMNS)
     files = [(video, *range_of(row, place))] if isinstance(video, str) else []
     files += miradata_files(row)
+    for file, *_ in files:
+        records.check({"video": str(file)}, place, {"video": Path})
     if not files:
         raise UserError(f"{place}: no video; name it in one of {', '.join(VIDEO_COLUMNS)}")
     excerpts = [Excerpt(root / file, *times) for file, *times in files for root in roots]
