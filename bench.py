@@ -80,6 +80,7 @@ import locate
 import metrics
 import model
 import prepare
+import records
 import rollout
 import sample
 import sources
@@ -369,7 +370,7 @@ def plan(cfg: Config):
         "sizes": asdict(facts.sizes), "latent frames": facts.videos, "unscored": list(missing),
         "gpu": name, "torch": torch.__version__}
     inputs = json.loads(json.dumps(inputs))  # as it will be read back, with lists for tuples
-    kept = common.read_json(file) if file.exists() else {}
+    kept = records.read(file) if file.exists() else {}
     if kept.get("inputs") != inputs:
         kept = {"inputs": inputs, "stages": {stage: measured(stage, facts) for stage in STAGES}}
         files.write_text(file, files.as_json(kept, indent=1) + "\n")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 import common
 import model
+import records
 from common import UserError, print0
 from files import write_text
 
@@ -181,7 +182,7 @@ def load(state: State, folder: Path, step: int, ranks) -> str | None:
 
 def read(file: Path, part: int, count: int, wanted: dict[str, torch.Tensor], step: int, ranks):
     """Copies what wanted needs of a share, once its checksum is right."""
-    text, check = file.with_suffix(".json").read_text().splitlines()
+    text, check = records.read_text(file.with_suffix(".json")).splitlines()
     if zlib.crc32(text.encode()) != int(check):
         raise ValueError("its list of checksums has another checksum")
     about = json.loads(text)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 import resource
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 import files
 import forked
+import records
 from files import UserError, as_json, replacing, write_text
 
 # ----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def claim(file, recipe: dict, **about) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, as_json(recipe | about, indent=1) + "\n")
         return False
-    before = read_json(file)
+    before = records.read(file)
     for key, value in recipe.items():
         if before.get(key) != value:
             raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
@@ -354,21 +354,15 @@ def weight_files(folder, stem: str) -> list[Path]:
     if not present or present[0].suffix == ".safetensors":
         return present
     (index,) = present
-    try:
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} names no shards: it has no weight_map") from None
+    shards = records.read(index, {"weight_map": dict})["weight_map"]
+    names = {name for name in shards.values() if records.fits(name, Path) and Path(name).name == name}
+    if not names or len(names) < len(set(map(str, shards.values()))):
+        raise UserError(f"{index} names no shards, or some outside its folder, in its weight_map")
+    files = [folder / name for name in sorted(names)]
     for file in files:
         if not file.exists():
             raise UserError(f"{file} is missing; {index.name} lists {len(files)} shards. Download it again.")
     return files
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def open_weights(*files) -> tuple[dict, dict]:
@@ -376,7 +370,7 @@ def open_weights(*files) -> tuple[dict, dict]:
     A .pt that holds nested dictionaries (a training checkpoint) keeps them: {"generator": {name: Stored}}."""
     weights, metadata = {}, {}
     for file in map(Path, files):
-        if not file.exists():
+        if not file.is_file():  # of a pipe one would wait forever
             raise UserError(f"no such file: {file}")
         with open(file, "rb") as f:
             head = f.read(9)
@@ -387,7 +381,7 @@ def open_weights(*files) -> tuple[dict, dict]:
             # by its content too: in Hugging Face's cache, what names link to has no suffix
             if file.suffix in (".safetensors", ".sft") or head[8:] == b"{":
                 with safe_open(file, "pt") as f:
-                    metadata |= json.loads((f.metadata() or {}).get("json", "{}"))
+                    metadata |= records.parse((f.metadata() or {}).get("json", "{}"), f"{file}: its metadata")
                     for k in f.keys():
                         part = f.get_slice(k)
                         weights[k] = Stored(tuple(part.get_shape()), Reader(file, k),
@@ -395,11 +389,15 @@ def open_weights(*files) -> tuple[dict, dict]:
             else:  # only zip archives, the format since torch 1.6, can be mapped
                 weights |= as_stored(torch.load(file, map_location="cpu", weights_only=True,
                                                 mmap=zipfile.is_zipfile(file)))
+        except UserError:
+            raise
         except (SafetensorError, RuntimeError, OSError, EOFError, TypeError) as error:
             raise UserError(f"{file} is truncated, corrupt or no checkpoint: {first_line(error)}") from None
         except Exception as error:  # torch raises pickle.UnpicklingError, a bare Exception, for both reasons
             raise UserError(f"{file} is corrupt, or holds more than tensors, such as code, which is not run; "
                             f"give a .safetensors ({type(error).__name__})") from None
+    if any(len(str(name)) > 300 for name in weights):
+        raise UserError(f"{file} is no checkpoint: a tensor has a name of more than 300 characters")
     return weights, metadata
 
 

@@ -6,9 +6,7 @@
 import contextlib
 import csv
 import functools
-import io
 import itertools
-import json
 import math
 import os
 import re
@@ -34,7 +32,8 @@ import common
 import files
 import flags
 import locate
-from common import UserError, open_weights, read_json, rng, save_tensors
+import records
+from common import UserError, open_weights, rng, save_tensors
 from files import as_json, escaped, replacing
 
 
@@ -112,6 +111,9 @@ class Video(NamedTuple):
         return round(self.duration * self.fps)
 
 
+MOST_PIXELS = 2**26  # of a frame, twice an 8K video's: a small file may claim any size
+
+
 @contextlib.contextmanager
 def opened(path):
     """Yields (container, its video stream). What PyAV cannot read becomes a UserError."""
@@ -121,15 +123,19 @@ def opened(path):
     if not path.byte_count():
         raise UserError(f"{path} is empty (0 bytes)")
     try:
-        with av.open(path.url()) as container:
+        with av.open(path.url(), metadata_errors="replace") as container:
             # a cover picture is listed as a video stream too
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise UserError(f"{path} has no video stream")
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
     except av.FFmpegError as error:
         raise UserError(f"{path} cannot be read as a video: {error.strerror}") from None
+    except ArithmeticError as error:  # a rate of 0 / 0, a size of 0, a time beyond all numbers
+        raise UserError(f"{path} cannot be read as a video: its sizes or times are not possible ({error})"
+                        ) from None
 
 
 def probe(path) -> Video:
@@ -346,10 +352,9 @@ def read_tags(path) -> dict:
     """The tags that writing() stored; empty for videos from elsewhere."""
     with opened(path) as (container, _):
         try:
-            tags = json.loads(container.metadata.get("comment", ""))
-        except ValueError:  # an ordinary comment
+            return records.parse(container.metadata.get("comment", ""), path)
+        except UserError:  # an ordinary comment
             return {}
-        return tags if isinstance(tags, dict) else {}
 
 
 def write_png(path, image: torch.Tensor):
@@ -404,7 +409,7 @@ def read_caption(file: Path) -> tuple[str | None, str | None]:
             return None, None
         if (size := file.stat().st_size) > CAPTION:
             return None, f"{file} has {size} bytes; {CAPTION} are the most for a caption"
-        return read_utf8(file), None
+        return records.read_text(file), None
     except (UserError, OSError) as error:
         return None, str(error)
 
@@ -412,7 +417,7 @@ def read_caption(file: Path) -> tuple[str | None, str | None]:
 def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a .csv with a header or a .jsonl, whose rows look like the example."""
     if table.suffix.lower() == ".csv":
-        csv.field_size_limit(2**31 - 1)  # the default refuses captions over 128 KB
+        csv.field_size_limit(records.LONGEST)  # the default refuses captions over 128 KB
         with open(table, encoding=encoding_of(table)) as lines:
             reader = csv.DictReader(lines, strict=True)
             try:
@@ -420,15 +425,9 @@ def read_rows(table: Path, example: str) -> Iterator[tuple[int, dict]]:
             except csv.Error as error:
                 raise UserError(f"{table}:{reader.line_num}: {error}") from None
         return
-    for number, line in enumerate(io.StringIO(read_utf8(table)), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise UserError(f"{table}:{number}: not valid JSON: {error}") from None
-        if isinstance(row, dict):
-            yield number, row
-        elif line.strip():
-            raise UserError(f"{table}:{number}: not {example} but {line.strip()[:40]}")
+    for number, line in records.lines(table):
+        if line.strip():
+            yield number, records.parse(line, f"{table}:{number}", example=example)
 
 
 def encoding_of(table: Path) -> str:
@@ -443,13 +442,6 @@ def encoding_of(table: Path) -> str:
         return encoding
 
 
-def read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # drops the byte order mark of Windows editors
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-
-
 # ----------------------------------------------------------------------------------------------------
 # the clip store: index.jsonl lists the clips, meta.json says how they were made, clips/ID.safetensors holds
 # their latents and text embeddings
@@ -460,6 +452,11 @@ KIND = re.compile(rb'"kind"\s*:\s*"(\w+)"')
 MADE_OF = ("prompt", "source", "source_bytes")  # what a clip's file records; a clip of another is made anew
 ID = re.compile(r"[^./\\\0-\37\177][^/\\\0-\37\177]*")  # what a file name may be
 # what all stores of a run have in common: entries of meta.json
+# what an entry of the index holds, and meta.json, as far as it is there
+ENTRY = {"id": str, "file": Path, "prompt": str, "kind": str, "round": int, "source": str, "bytes": int,
+         "crc32": int}
+META = {"latents": [records.SIZE] * 4, "width": records.SIZE, "height": records.SIZE, "frames": records.SIZE,
+        "fps": records.SIZE, "wan": Path, "vae": str, "t5": str, "seed": int, "round": int, "command": [str]}
 SHARED = ("latents", "width", "height", "frames", "fps", "vae", "t5")
 
 
@@ -499,12 +496,11 @@ def read_checked(path, names, crc32: int | None = None) -> dict[str, torch.Tenso
 
 
 def made_of(file: Path) -> dict | None:
-    """What a file of write_checked was made of, {} of any other; None if it is not there, or cut off."""
+    """What a file of write_checked was made of; None if it is not there, or cut off."""
     try:
         with safe_open(file, "pt") as f:
-            about = json.loads((f.metadata() or {}).get("json", "{}"))
-        return about if isinstance(about, dict) else {}
-    except (SafetensorError, OSError, ValueError, RecursionError):
+            return records.parse((f.metadata() or {}).get("json", "{}"), file)
+    except (SafetensorError, OSError, UserError):
         return None
 
 
@@ -522,10 +518,12 @@ class Geometry(NamedTuple):
 def geometry(wan, size: str | None = None, frames: int | None = None, fps: int | None = None) -> Geometry:
     """The size of clips: as given, or as the Wan directory's config.json says (a toy's), or the paper's."""
     config = Path(wan) / "config.json"
-    preset = read_json(config).get("geometry", {}) if config.exists() else {}
-    match = re.fullmatch(r"(\d+)x(\d+)", size or preset.get("size", "832x480"))
+    preset = records.check(locate.read_config(config), config, {"geometry": dict}).get("geometry", {})
+    records.check(preset, f"{config}: geometry", {"size": str, "frames": records.SIZE, "fps": records.SIZE})
+    wanted = size or preset.get("size", "832x480")
+    match = re.fullmatch(r"([1-9][0-9]{,4})x([1-9][0-9]{,4})", wanted)
     if not match:
-        raise UserError(f"size {size!r} is not WIDTHxHEIGHT, such as 832x480")
+        raise UserError(f"{'--size' if size else config}: {wanted!r} is not WIDTHxHEIGHT, such as 832x480")
     return Geometry(int(match[1]), int(match[2]), frames or preset.get("frames", 81),
                     fps or preset.get("fps", 16))
 
@@ -680,9 +678,10 @@ class Clips:
         self.kinds = []
         offset = 0
         with open(self.index, "rb") as f:
-            for line in f:
+            while line := f.readline(records.LONGEST):
                 if not line.endswith(b"\n"):
-                    raise UserError(f"{self.index}:{len(self) + 1}: the last line is cut off")
+                    what = "too long" if len(line) == records.LONGEST else "cut off"
+                    raise UserError(f"{self.index}:{len(self) + 1}: the last line is {what}")
                 # much faster than parsing, and as safe: inside a JSON string these quotes would be escaped
                 kind = KIND.search(line)
                 if not kind:
@@ -704,13 +703,12 @@ class Clips:
             return self.parse(i, f.readline())
 
     def parse(self, i: int, line: bytes) -> dict:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{self.index}:{i + 1}: not valid JSON: {error}") from None
+        entry = records.parse(line, f"{self.index}:{i + 1}", ENTRY)
+        check_id(entry["id"], entry.where)
+        return entry
 
     def meta(self) -> dict:
-        return read_json(self.folder / "meta.json")
+        return records.read(self.folder / "meta.json", META)
 
     def wan(self, given=None, networks=("vae",)) -> str:
         """The Wan directory that made the clips, there or moved beside them, or the one given; it must hold
@@ -733,10 +731,11 @@ class Clips:
 
     def locate(self, entry: dict) -> Path:
         """The file of an entry's tensors, which must be inside the data root, even through links."""
-        path = (self.folder / entry["file"]).resolve()
-        if Path(entry["file"]).is_absolute() or not path.is_relative_to(self.root):
-            raise UserError(f"{self.index}: {entry['file']} is not a relative path within {self.root}")
-        return path
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # a loop of links, a name that cannot be
+            path = (self.folder / entry["file"]).resolve()
+            if not Path(entry["file"]).is_absolute() and path.is_relative_to(self.root):
+                return path
+        raise UserError(f"{self.index}: {entry['file']!r} is not a relative path within {self.root}")
 
     def load(self, i: int) -> dict:
         """The entry, with its latents [F,C,H,W] and text [n,text_dim]."""

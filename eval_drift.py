@@ -69,6 +69,7 @@ import locate
 import metrics
 import probe
 import readings
+import records
 import report
 import toy
 from common import UserError, print0
@@ -508,7 +509,7 @@ def over_videos(videos: list[dict], statistic) -> dict:
 
 def merge_vbench(file: str, clips: list[Clip], videos: list[dict]):
     """Puts the scores in VBench's result file in place of those computed here, by folder and file name."""
-    results = common.read_json(file)
+    results = records.read(file)
     by_name = defaultdict(list)
     for i, clip in enumerate(clips):
         by_name[clip.path.resolve().parent.name, clip.path.name].append(i)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 import common
+import records
 from common import Stored, UserError
 
 DOWNLOAD = "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir Wan2.1-T2V-1.3B"
@@ -101,14 +102,14 @@ def holds(path, *networks: str) -> bool:
 
 def holds_other(folder: Path, network: str) -> bool:
     """Wan's transformer and diffusers' VAE are both diffusion_pytorch_model; config.json tells which."""
-    name = read_config(folder / "config.json").get("_class_name", "")
+    name = str(read_config(folder / "config.json").get("_class_name", ""))
     return network != "t5" and bool(name) and ("Autoencoder" in name) != (network == "vae")
 
 
 def read_config(file: Path) -> dict:
     """A config.json, or {} if it is not there or not a table."""
-    content = common.read_json(file) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    content = records.value(records.read_text(file), file) if file.is_file() else {}
+    return records.Record(content, file) if isinstance(content, dict) else {}
 
 
 def refuse_experts(path: Path):

@@ -5,7 +5,6 @@
 """
 
 import functools
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import nn
 
 import common
 import locate
+import records
 from common import Stored, UserError
 
 # what ends the names of a module's tensors: lora_A or lora_down is A; .diff and .diff_b change W and its bias
@@ -101,7 +101,7 @@ def alpha_of(file: Path) -> float | None:
     about = locate.read_config(file.with_name("adapter_config.json"))
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
-            header = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            header = records.parse((f.metadata() or {}).get("lora_adapter_metadata", "{}"), file)
         about = {key.rpartition(".")[2]: value for key, value in header.items()} or about
     for option in ("use_rslora", "use_dora", "alpha_pattern"):
         if about.get(option):

@@ -33,6 +33,7 @@ import common
 import flags
 import locate
 import lora
+import records
 import routing
 from common import Stored, UserError
 from files import as_json, write_text
@@ -535,7 +536,7 @@ def find_weights(path) -> list[Path]:
 
 def base_of(file: Path) -> tuple[str | None, list[str]]:
     """The model that a LoRA of train_df.py changes, and the LoRAs that were merged into that before."""
-    about = locate.read_config(file.with_name("config.json")) if file.name == locate.ADAPTER else {}
+    about = settings(file) if file.name == locate.ADAPTER else {}
     if "base" not in about:
         return None, []
     base = locate.local(locate.named(about["base"], file.parent), "transformer")
@@ -545,10 +546,15 @@ def base_of(file: Path) -> tuple[str | None, list[str]]:
     return base, [f"{name}:{strength}" for name, strength in loras]
 
 
+# what train_df.py writes into config.json
+SETTINGS = {"wan": Path, "mode": str, "image_first": float, "held_out": int, "route": (records.SIZE, None),
+            "window": records.SIZE, "step": int, "base": Path, "base_loras": [[Path, float]]}
+
+
 def settings(path) -> dict:
     """The config.json beside a model's weights; train_df.py records there how the model was trained."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    recorded = locate.read_config(folder / "config.json")
+    recorded = records.check(locate.read_config(folder / "config.json"), folder / "config.json", SETTINGS)
     return recorded | ({"wan": locate.wan_for(path, recorded["wan"])} if recorded.get("wan") else {})
 
 
@@ -562,7 +568,7 @@ def trained_causally(path) -> bool | None:
     if "mode" in stated or "wan" in stated:
         return stated.get("mode") != "full"
     published = {"WanModel": False, "WanTransformer3DModel": False, "CausalWanModel": True}
-    return published.get(stated.get("_class_name"))
+    return published.get(str(stated.get("_class_name")))
 
 
 def read_checkpoint(path, loras=()) -> tuple[dict[str, Stored], Config]:
@@ -580,6 +586,7 @@ def read_whole(path, files) -> tuple[dict[str, Stored], Config]:
     weights, metadata = locate.read(files, "transformer")
     if any(".attn1." in key for key in weights):
         weights = {rename_diffusers(key): value for key, value in weights.items()}
+    records.check(metadata, f"{files[0]}: its metadata", {"config": dict})
     stated = metadata.get("config") or locate.read_config(files[0].with_name("config.json"))
     refuse_other_models(path, weights, stated)
     return weights, infer_config(path, weights, stated)
@@ -651,13 +658,17 @@ def infer_config(path, weights: dict, stated: dict) -> Config:
     stated = {theirs.get(key, key): value for key, value in stated.items()}
     fits = all(stated.get(name, size) == size for name, size in sizes.items())
     if fits and "attention_head_dim" in stated:
-        fits = stated.get("num_heads", 0) * stated["attention_head_dim"] == dim
-    untold = ("num_heads", "text_len", "eps")
-    sizes |= {name: stated[name] for name in untold if fits and isinstance(stated.get(name), int | float)}
+        heads, width = stated.get("num_heads"), stated["attention_head_dim"]
+        fits = records.fits([heads, width], [int, int]) and heads * width == dim
+    untold = {"num_heads": range(1, dim + 1), "text_len": records.SIZE, "eps": float}
+    if fits:
+        sizes |= {name: stated[name] for name in untold if name in records.check(stated, path, untold)}
     if "num_heads" not in sizes:
         if dim % 128:
             raise UserError(f"{path}: no config.json says how many heads a width of {dim} has")
         sizes["num_heads"] = dim // 128  # as in every published Wan
+    if dim % sizes["num_heads"] or dim // sizes["num_heads"] % 2:
+        raise UserError(f"{path}: a width of {dim} cannot have {sizes['num_heads']} heads")
     return Config(**sizes)
 
 

@@ -18,6 +18,7 @@ import files
 import flags
 import metrics
 import model
+import records
 import vae
 from common import UserError
 from metrics import mean, sem
@@ -73,7 +74,7 @@ def probe_once(path: str, settings: Settings, folder: Path, ranks) -> dict:
         if ranks.rank == 0:
             files.write_text(file, json.dumps(results) + "\n")
     dist.barrier()
-    return common.read_json(file)
+    return records.read(file)
 
 
 def unseen_clips(path: str, settings: Settings, store: data.Clips) -> list[int]:

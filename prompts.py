@@ -1,17 +1,16 @@
 """The prompts of sample.py: from its flags, a .txt or a .jsonl, and how they change within a video."""
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import data
+import records
 from common import UserError
 
 # what a line of a .jsonl may hold
-TYPES = {"prompt": (str, list), "times": list, "seed": int, "seconds": (int, float), "name": str,
-         "extend": str}
+KINDS = {"prompt": (str, [str]), "times": list, "seed": int, "seconds": float, "name": str, "extend": Path}
 
 
 def read_prompts(cfg, before: dict) -> list[tuple[str, dict]]:
@@ -37,14 +36,14 @@ def read_file(file: Path) -> Iterator[tuple[str, dict]]:
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--prompts {file}: is no .txt or .jsonl")
     if file.suffix == ".txt":
-        for number, line in enumerate(data.read_utf8(file).split("\n"), 1):
+        for number, line in enumerate(records.read_text(file).split("\n"), 1):
             if line.strip():
                 yield f"{file}:{number}", {"prompt": line.strip()}
         return
     for number, row in data.read_rows(file, '{"prompt": ...}'):
         for key, value in ({"prompt": None} | row).items():  # None: a line without a prompt is refused too
-            if not isinstance(value, TYPES.get(key, ())):
-                raise UserError(f"{file}:{number}: {key} = {json.dumps(value)[:40]}; a line may hold prompt "
+            if not records.fits(value, KINDS.get(key, ())):
+                raise UserError(f"{file}:{number}: {key} = {records.shown(value)}; a line may hold prompt "
                                 "(a text or a list), times (a list), seed, seconds, name and extend (a path)")
         if "extend" in row:
             row["extend"] = str(file.resolve().parent / row["extend"])
@@ -70,7 +69,7 @@ def texts_and_times(row: dict, seconds: float, where: str) -> tuple[list[str], l
         raise UserError(f"{where}: a prompt of over {data.CAPTION} characters")
     if times is None:
         times = [i * seconds / len(texts) for i in range(len(texts))]
-    rising = all(isinstance(t, int | float) for t in times) and all(a < b for a, b in pairwise(times))
+    rising = records.fits(times, [float]) and all(a < b for a, b in pairwise(times))
     if len(times) != len(texts) or times[0] != 0 or not rising:
         raise UserError(f"{where}: {len(texts)} prompts need the second from which each holds, first 0 and "
                         f"then rising, not {times}")

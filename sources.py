@@ -6,7 +6,6 @@ as published. A tar shard holds KEY.mp4 beside KEY.txt or KEY.json, as WebDatase
 
 import hashlib
 import itertools
-import json
 import math
 import re
 import tarfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
+import records
 from common import UserError
 from data import Excerpt
 
@@ -155,6 +155,8 @@ def locate(row: dict, roots: list[Path], place: str) -> tuple[str, Path | Excerp
     video = first_of(row, VIDEO_COLUMNS)
     files = [(video, *range_of(row, place))] if isinstance(video, str) else []
     files += miradata_files(row)
+    for file, *_ in files:
+        records.check({"video": str(file)}, place, {"video": Path})
     if not files:
         raise UserError(f"{place}: no video; name it in one of {', '.join(VIDEO_COLUMNS)}")
     excerpts = [Excerpt(root / file, *times) for file, *times in files for root in roots]
@@ -266,9 +268,9 @@ def read_sample(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], place
         if any(members[suffix].size > 10 * data.CAPTION for suffix in present):
             return {}, f"{place}: its text is too long for a caption"
         texts = {suffix: tar.extractfile(members[suffix]).read().decode("utf-8-sig") for suffix in present}
-        row = json.loads(texts.get(".json", "{}"))
-    except (ValueError, RecursionError) as error:
-        return {}, f"{place}: its text is not UTF-8, or its json not valid: {error}"
-    if not isinstance(row, dict):
-        return {}, f"{place}: its json is not {{\"caption\": ...}} but {str(row)[:40]}"
+        row = records.parse(texts.get(".json", "{}"), place, example='{"caption": ...}')
+    except UnicodeDecodeError as error:
+        return {}, f"{place}: its text is not UTF-8: {error}"
+    except UserError as error:
+        return {}, str(error)
     return row | ({"caption": texts[".txt"]} if ".txt" in texts else {}), None

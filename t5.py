@@ -281,4 +281,4 @@ def sizes_of(weights: dict) -> dict[str, int]:
     return {"vocab": vocab, "dim": dim, "heads": heads, "buckets": buckets,
             "dim_attn": weights["blocks.0.attn.q.weight"].shape[0],
             "dim_ffn": weights["blocks.0.ffn.fc1.weight"].shape[0],
-            "layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))}
+            "layers": len({name.split(".")[1] for name in weights if name.startswith("blocks.")})}

@@ -121,6 +121,7 @@ import files
 import locate
 import lora
 import model
+import records
 import vae
 from checkpoint import State, checkpoints, whole
 from common import UserError, print0
@@ -587,8 +588,16 @@ class Log:
 
     def cut(self, step: int):
         """What was logged after the checkpoint will be logged again."""
-        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for number, line in records.lines(self.file) if self.file.exists() else ():
+            if not line.endswith("\n"):  # it was being written when the run was killed
+                continue
+            try:
+                logged = records.parse(line, f"{self.file}:{number}", {"step": int})["step"]
+            except UserError as error:
+                print(f"warning: {error}; the line is left out", flush=True)
+                continue
+            kept += [line] * (logged <= step)
         files.write_text(self.file, "".join(kept))
 
     @contextlib.contextmanager

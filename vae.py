@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import locate
+import records
 from common import UserError, check_finite, fill, save_tensors
 
 # mean and standard deviation of Wan2.1's latents by channel, which its own file does not hold
@@ -424,7 +425,9 @@ def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
         weights = {official(name, len(blocks) + 1): stored for name, stored in weights.items()}
     sizes = sizes_of(weights, what)
     stats = {k: (config | metadata).get(k) for k in ("latents_mean", "latents_std")}
-    if None in stats.values():
+    if None not in stats.values():
+        check_stats(stats, sizes["z_dim"], files[0])
+    else:
         if sizes["z_dim"] != len(WAN_MEAN):
             raise UserError(f"{files[0]} lacks latents_mean and latents_std, and Wan's are for "
                             f"{len(WAN_MEAN)} channels, not {sizes['z_dim']}: write the VAE with vae.save")
@@ -435,6 +438,14 @@ def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(**sizes, **{k: list(v) for k, v in stats.items()}).to(dtype)
     return channels_last(fill(vae, weights, device, what)).requires_grad_(False)
+
+
+def check_stats(stats: dict, channels: int, file):
+    """Latents are divided by these: a wrong one would spoil them all."""
+    records.check(stats, file, dict.fromkeys(stats, [float]))
+    if any(len(row) != channels for row in stats.values()) or min(stats["latents_std"]) <= 0:
+        raise UserError(f"{file}: latents_mean and latents_std must be {channels} numbers each, the latter "
+                        f"above 0, not {stats}")
 
 
 def save(vae: WanVAE, path: str | Path):
@@ -456,11 +467,13 @@ def sizes_of(weights, what) -> dict:
                        if re.fullmatch(r"encoder\.downsamples\.\d+\.resample\.1\.weight", k))
         width = weights["encoder.conv1.weight"].shape[0]
         blocks = downs[0]
+        if blocks > len(weights):  # a name may hold any number
+            raise KeyError(blocks)
         last = [f"encoder.downsamples.{i * (blocks + 1)}.residual.2.weight" for i in range(len(downs) + 1)]
         return {"width": width, "multipliers": tuple(weights[k].shape[0] // width for k in last),
                 "blocks": blocks, "z_dim": weights["conv2.weight"].shape[0],
                 "temporal": tuple(f"encoder.downsamples.{i}.time_conv.weight" in weights for i in downs)}
-    except (KeyError, IndexError):
+    except (KeyError, IndexError, ZeroDivisionError):
         raise UserError(f"{what}: its tensors are not those of one, but of {locate.describe(weights)}"
                         ) from None
 

@@ -541,7 +541,7 @@ def test_store_round_trip(tmp_path):
     clips = numbered_store(tmp_path / "agg_0")
     nasty = entry(4, "corrective", prompt='"kind": "seed" \u901f\u3044\n"kind', source='"kind')
     data.write_index(tmp_path / "agg_0", [*clips, nasty])
-    meta = {"fps": 16, "size": [832, 480], "command": "prepare.py --data '\u00fc'"}
+    meta = {"fps": 16, "size": [832, 480], "command": ["prepare.py", "--data", "\u00fc"]}
     common.claim(Path(tmp_path / "agg_0", "meta.json"), meta)
     assert len(clips) == 4, "a store is what it was when it was opened"
     clips = data.Clips(tmp_path / "agg_0")

@@ -81,7 +81,8 @@ def test_a_rollout_is_a_real_chunk_and_what_the_model_makes_of_it(world, make):
         expected = torch.cat([latents for _, latents in chunks], 1)[0]
         assert torch.equal(got["latents"], expected.half())
         assert not torch.allclose(got["latents"][3:].float(), seed["latents"][3:].float(), atol=0.5)
-        assert common.open_weights(made.locate(got))[1] == {"prompt": seed["prompt"], "source": seed["id"]}
+        about = {"prompt": seed["prompt"], "source": seed["id"], "crc32": got["crc32"]}
+        assert common.open_weights(made.locate(got))[1] == about
 
 
 def test_meta_says_how_it_was_made(world, make):
@@ -225,7 +226,7 @@ def test_torchrun_leaves_no_trace(world, make):
                 "--count", 5, "--steps", 2, "--previews", 1, "--batch", 2, "--held-out", 0, ranks=2)
     assert "5 of 7 seed clips; 3 to roll out on this rank, the first of 2" in done.stdout
     assert worlds.tree_but_command("two") == worlds.tree_but_command(make(batch=2, previews=1))
-    assert common.read_json("two/meta.json")["command"][1] == "--model"
+    assert json.loads(Path("two/meta.json").read_text())["command"][1] == "--model"
 
 
 @pytest.mark.parametrize("count,ranks", [(5, 3), (1, 2)])
