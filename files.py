@@ -156,7 +156,12 @@ def own(folder, what: str):
             if name := next((entry.name for entry in entries if entry.name not in HARMLESS), None):
                 raise UserError(f"{folder} holds {name} and was not made by this stage; choose a "
                                 "new or empty --out")
-    take(mark, what)
+    try:
+        take(mark, what)
+    except UserError:
+        raise
+    except OSError as error:
+        raise DiskError(f"cannot write {mark}: {error.strerror}; nothing was changed") from error
     held[mark] = os.getpid(), {"holds": what, "writer": this_process()}
     if not any(thread.name == "beat" for thread in threading.enumerate()):
         threading.Thread(target=beat, name="beat", args=(os.getpid(),), daemon=True).start()

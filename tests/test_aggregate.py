@@ -184,7 +184,7 @@ def test_meta_says_how_it_was_made(first, work):
 
 def test_nothing_is_copied(work):
     before = worlds.identity("agg_0"), worlds.identity("rollout_0")
-    assert set(tree(make())) == {"meta.json", "index.jsonl", "empty.safetensors", "clips"} | {
+    assert set(tree(make())) == {files.MARK, "meta.json", "index.jsonl", "empty.safetensors", "clips"} | {
         f"clips/{clip['id']}-reversed.safetensors" for clip in data.Clips("rollout_0")}
     assert [clip["file"] for clip in data.Clips("agg_1")][:CLIPS] == [
         f"../agg_0/clips/{clip['id']}.safetensors" for clip in data.Clips("agg_0")]
@@ -306,8 +306,8 @@ def test_a_long_index_is_never_in_memory(tmp_path, ranks):
         f.writelines(json.dumps(clip | {"id": f"{i}"}) + "\n" for i in range(1000))
     data.write_text_embedding(tmp_path / "agg_0/empty.safetensors", torch.zeros(1, 4))
     clips = data.Clips(tmp_path / "agg_0")
-    data.write_clip(tmp_path / "agg_1", "new", torch.zeros(1, 1, 1, 1), torch.zeros(1, 4), clip["prompt"])
     store = data.Writer(tmp_path / "agg_1", ranks, {}, [clip | {"id": "new"}])
+    store.write("new", torch.zeros(1, 1, 1, 1), torch.zeros(1, 4))
     tracemalloc.start()
     aggregate.finish(clips, store, ranks)
     peak = tracemalloc.get_traced_memory()[1]
