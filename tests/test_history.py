@@ -124,7 +124,7 @@ def test_runs_in_mode_rf(world, tmp_path):
     close_runs(tmp_path / "a", tmp_path / "b")
     for steps in (4, 6):
         run(config(world, tmp_path / "c", **knobs | {"steps": steps}))
-    same_run(tmp_path / "a", tmp_path / "c", tmp_path)
+    same_run(tmp_path / "a", tmp_path / "c")
     call("train_df.py", *flags_of(config(world, tmp_path / "d", **knobs)), ranks=2)
     close_runs(tmp_path / "a", tmp_path / "d")
     assert model.settings(tmp_path / "a")["mode"] == "rf"

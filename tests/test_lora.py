@@ -361,12 +361,6 @@ def test_two_ranks_train_the_same(world, tmp_path):
         assert relative(two[name], value) < 0.1, name
 
 
-def test_the_estimate_of_memory_knows_what_does_not_train(world, tmp_path, capsys):
-    train(world, out=str(tmp_path / "m"), steps=1)
-    printed = capsys.readouterr().out
-    assert "0.0 M weights from" in printed and "GB for the model that stays as it is" in printed
-
-
 def test_a_rank_of_nothing_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="--lora-rank 0: give a whole number from 1"):
         train(world, lora_rank=0, out=str(tmp_path / "m"))

@@ -303,7 +303,7 @@ def test_training_with_routes(world, tmp_path, mode):
     close_runs(tmp_path / "a", tmp_path / "b")
     for steps in (2, 4):
         run_training(config(world, tmp_path / "c", **knobs | {"steps": steps}))
-    same_run(tmp_path / "a", tmp_path / "c", tmp_path)
+    same_run(tmp_path / "a", tmp_path / "c")
     run_training(config(world, tmp_path / "d", **knobs | {"route": None}))
     assert model.load(tmp_path / "d").route is None
     routed, dense = (next(line for line in lines(tmp_path / name) if "loss" in line) for name in "ad")
