@@ -75,9 +75,13 @@ all() {
         --nproc-per-node "$NPROC" "$here/$1" "${@:2}"; fi
     port=$((port + 1))
 }
-stage() { printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
+stage() {   # and when it began, for bench.py times
+    printf '\n== %s (%d:%02d since the start)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60))
+    if [ "$node" = 0 ]; then printf '%s\t%s\n' "$SECONDS" "$*" >> "$OUT/times.txt"; fi
+}
 
 mkdir -p "$OUT" || refuse "OUT: $OUT cannot be made"
+if [ "$node" = 0 ]; then : > "$OUT/times.txt"; fi
 if [ "$WAN" ]; then
     base=$WAN
     one bench.py plan --wan "$WAN" --videos "$VIDEOS" --out "$OUT" --rounds "$ROUNDS" --nproc "$NPROC" \
