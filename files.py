@@ -47,8 +47,9 @@ def replacing(path):
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())  # a shared disk may not say before this that it is full
+        if temporary.stat().st_size > 2**20:
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())  # a shared disk may not say before this that it is full
         os.replace(temporary, path)
     except Exception as error:
         if reason := disk_problem(error, path, temporary):

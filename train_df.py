@@ -263,6 +263,8 @@ class Samples:
         self.held_out = data.held_out(self.store, cfg.held_out)
         self.seed, self.corrective = self.sort()
         self.all = self.seed + self.corrective
+        if len(self.store) * math.prod(self.shape) < 2**27:  # a toy's clips are read once and stay in memory
+            self.load = functools.cache(self.load)
 
     def sort(self) -> tuple[list[int], list[int]]:
         """The places of the seed and of the corrective clips, without those held out and what became of them:
