@@ -376,5 +376,5 @@ def test_nan_stops_where_it_appears(tmp_path, ranks):
         next(diffusion.generate(net, [text], text, diffusion.Sampling(steps=1), shape=(16, 2, 2), frames=3))
     coder = vae.WanVAE(8, (1, 1, 1, 1), 1, z_dim=16, latents_mean=[0.0] * 16, latents_std=[0.0] * 16)
     vae.save(coder, tmp_path / "vae.safetensors")
-    with refused("vae.safetensors: latents_mean and latents_std must be finite, the latter above 0"):
+    with refused("vae.safetensors: latents_mean and latents_std must be 16 numbers each, the latter above 0"):
         vae.load(tmp_path / "vae.safetensors")
