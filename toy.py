@@ -67,7 +67,7 @@ def main(cfg: Config):
         train_base(out / "base")
         return
     draw_videos(out / "videos", [draw_world(cfg.seed, i) for i in range(cfg.clips)], FRAMES)
-    others = [draw_world("held out", i) for i in range(cfg.starts)]
+    others = [draw_world("starts", i) for i in range(cfg.starts)]
     draw_videos(out / "starts", others, START)
     make_wan(out / "wan")
     files.write_text(out / "prompts.jsonl", data.as_lines(

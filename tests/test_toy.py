@@ -120,12 +120,12 @@ def test_what_the_command_makes(tmp_path, monkeypatch):
     toy.main(toy.Config(out=str(tmp_path), clips=2, starts=1, seed=3))
     assert data.probe(tmp_path / "videos/00001.mp4").frames == 81
     assert data.probe(tmp_path / "starts/00000.mp4").frames == 9
-    world = toy.draw_world("held out", 0)
+    world = toy.draw_world("starts", 0)
     assert (tmp_path / "prompts.jsonl").read_text() == data.as_lines(
         [{"prompt": toy.caption(world), "extend": "starts/00000.mp4"}])
     shown = torch.stack(list(data.read_frames(data.probe(tmp_path / "starts/00000.mp4"))))
     assert (data.to_float(shown) - toy.render(world, 9)).abs().mean() < 0.05
-    for path, name in (("videos/00001.mp4", [3, 1]), ("starts/00000.mp4", ["held out", 0])):
+    for path, name in (("videos/00001.mp4", [3, 1]), ("starts/00000.mp4", ["starts", 0])):
         tags = data.read_tags(tmp_path / path)
         assert tags == {"prompt": toy.caption(toy.draw_world(*name)), "world": name}, "the truth can be known"
     calls = []
