@@ -10,7 +10,7 @@ A replacement for this network must provide what the rest of the project uses: o
 chunk, clean, cache, start), new_cache, device, config (in_dim, text_dim, text_len) and route; for training
 also checkpointing, compile_blocks and blocks; roll of its cache; and of this file PATCH, load, save,
 read_checkpoint, settings, trained_causally, find_weights, chunk_sizes, pad_text, check_causal, causal_layout,
-teacher_layout, forward_flops and activation_bytes.
+teacher_layout and forward_flops.
 
 Precision is Wan's: the residual stream, modulation, time path and head stay fp32; the large matrix products
 and attention run in `compute`. Parameters of those products are stored in `dtype` (fp32 while training).
@@ -113,15 +113,6 @@ def forward_flops(c: Config, layout, route: int | None = None) -> int:
     matrices = tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + c.text_len * 2 * c.dim**2
     ends = tokens * c.dim * PATCH**2 * (c.in_dim + c.out_dim) + c.text_len * c.dim * (c.text_dim + c.dim)
     return 2 * (c.num_layers * matrices + ends) + 4 * c.num_layers * c.dim * (pairs + tokens * c.text_len)
-
-
-def activation_bytes(model: "WanModel", tokens: int) -> int:
-    """Bytes that the forward pass of one clip keeps for the backward pass; counted on a block that was not
-    compiled."""
-    c = model.config
-    size = model.compute.itemsize
-    block = tokens * (c.dim * (44 + 12 * size) + c.ffn_dim * 2 * size)
-    return block + tokens * c.dim * 4 * c.num_layers if model.checkpointing else block * c.num_layers
 
 
 @functools.cache

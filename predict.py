@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import common
+import diffusion
 import model
 import routing
 import vae
@@ -80,26 +82,36 @@ TABLES = (model.rope_table, model.block_mask, routing.keys_of_chunks)  # they ke
 
 @contextlib.contextmanager
 def faked(device=None):
-    """Tensors made inside are fake. Attention is a stand-in for the kernels of a GPU."""
+    """Tensors made inside are fake. Attention is a stand-in for a GPU's kernels, and nobody asks whether
+    numbers are finite."""
     device = torch.device(device) if device else fake_gpu()
-    before = model.compiled_flex, model.block_mask, F.scaled_dot_product_attention, vae.check_finite
+    make_mask = model.block_mask
 
     def block_mask(layout, device):
-        mask = before[1](layout, device)
+        mask = make_mask(layout, device)
         mask.pairs = sum((last - first) * (past + last - first) for first, last, past in layout)
         return mask
 
+    stand_ins = ((model, "block_mask", block_mask), (model, "compiled_flex", lambda: flex),
+                 (F, "scaled_dot_product_attention", sdpa),
+                 *((module, "check_finite", pass_by) for module in (common, diffusion, vae)))
+    before = [getattr(module, name) for module, name, _ in stand_ins]
     for table in TABLES:
         table.cache_clear()
     try:
-        model.compiled_flex, model.block_mask = lambda: flex, block_mask
-        F.scaled_dot_product_attention, vae.check_finite = sdpa, lambda x, what: None
+        for module, name, stand_in in stand_ins:
+            setattr(module, name, stand_in)
         with Fake():
             yield device
     finally:
-        model.compiled_flex, model.block_mask, F.scaled_dot_product_attention, vae.check_finite = before
+        for (module, name, _), original in zip(stand_ins, before, strict=True):
+            setattr(module, name, original)
         for table in TABLES:
             table.cache_clear()
+
+
+def pass_by(x, what):
+    pass
 
 
 def network(build, device, dtype=torch.float32):
@@ -264,6 +276,9 @@ class Tracker(TorchDispatchMode):
             if storage._cdata in self.live:
                 self.kinds[self.live[storage._cdata]] = kind
 
+    def prediction(self) -> "Prediction":
+        return Prediction(self.peak(), [(1, self.work)])
+
     def peak(self) -> dict[str, int]:
         """Bytes by kind when most was held, and their sum under "all"."""
         held = most = at = 0
@@ -342,25 +357,30 @@ class Tracker(TorchDispatchMode):
         self.chained -= numbers
         return sum(self.events[number][1] for number in numbers)
 
-    def flops(self) -> float:
-        return sum(work.flops for work in self.work)
-
-
 class Prediction(NamedTuple):
     peak: dict[str, float]  # bytes by kind, when most was held, and under "all"
     work: list[tuple[float, list[Work]]]  # with how often it is done
 
 
+def along(measure, n: int, low: int) -> Prediction:
+    """measure(n), where each unit from `low` on takes as much as any other, as layers and solver steps do."""
+    if n <= low + 1:
+        return measure(n)
+    one, two = measure(low), measure(low + 1)
+    more = n - low
+    peak = {kind: size + more * (two.peak[kind] - size) for kind, size in one.peak.items()}
+    return Prediction(peak, [(times * (1 - more), work) for times, work in one.work]
+                      + [(times * more, work) for times, work in two.work])
+
+
 def at_depth(measure, layers: int) -> Prediction:
-    """measure(layers) -> Tracker, for a network that is deep: layers are alike, so that 3 and 4 of them tell
-    what all of them take. (Of 2, all would be gathered at once.)"""
-    if layers <= 4:
-        whole = measure(layers)
-        return Prediction(whole.peak(), [(1, whole.work)])
-    three, four = measure(3), measure(4)
-    more = layers - 3
-    peak = {kind: size + more * (four.peak()[kind] - size) for kind, size in three.peak().items()}
-    return Prediction(peak, [(1 - more, three.work), (more, four.work)])
+    return along(measure, layers, 3)  # of 2 layers, all would be gathered at once
+
+
+def together(*parts: Prediction) -> Prediction:
+    """One after another, each in memory by itself."""
+    return Prediction(max((part.peak for part in parts), key=lambda peak: peak["all"]),
+                      [times for part in parts for times in part.work])
 
 
 def seconds(prediction: Prediction, gpu: GPU, nodes: int = 1) -> dict[str, float]:

@@ -717,16 +717,20 @@ def predicted(cfg, config, shape, world: int, device=None):
             batch = fake_batch(cfg, config, shape)
             state = new_state(cfg, set_up(cfg, net.requires_grad_(), ranks), batch.sizes, ranks)
             with predict.Tracker(place, fused=cfg.compile, weights=net.parameters()) as tracker:
-                tracker.label("moments", state.ema + [
-                    moment for held in state.optimizer.state.values() for moment in list(held.values())[1:]])
+                tracker.label("moments", moments(state))
                 step = dataclasses.replace(cfg, batch=shown * cfg.micro * world)
                 train_step(step, state, itertools.repeat((0, batch)), 0, ranks)
-            return tracker
+            return tracker.prediction()
 
     peak, work = predict.at_depth(measure, config.num_layers)
     return predict.Prediction(peak, [
         (weight * (count / shown if kind else 1), [w for w in part if (w.kind != "optimizer") == kind])
         for weight, part in work for kind in (True, False)])
+
+
+def moments(state) -> list[torch.Tensor]:
+    held = [state.optimizer.state[p] for p in state.weights.values()]
+    return state.ema + [moment[key] for moment in held for key in ("exp_avg", "exp_avg_sq")]
 
 
 def fake_batch(cfg, config, shape) -> Batch:

@@ -417,6 +417,14 @@ def check_shape(x, what, layout, channels):
 
 def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
     """A VAE for inference from a Wan, diffusers or ComfyUI directory, or a file of weights."""
+    weights, sizes, what = read(path)
+    with torch.device("meta"):
+        vae = WanVAE(**sizes).to(dtype)
+    return channels_last(fill(vae, weights, device, what)).requires_grad_(False)
+
+
+def read(path) -> tuple[dict, dict, str]:
+    """({name: Stored}, what a WanVAE is made with, where they are from)"""
     files, config = find(path)
     weights, metadata = locate.read(files, "vae")
     what = f"{files[0]} as a Wan2.1 VAE"
@@ -435,9 +443,7 @@ def load(path: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in stats.values())
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise UserError(f"{files[0]}: latents_mean and latents_std must be finite, the latter above 0")
-    with torch.device("meta"):
-        vae = WanVAE(**sizes, **{k: list(v) for k, v in stats.items()}).to(dtype)
-    return channels_last(fill(vae, weights, device, what)).requires_grad_(False)
+    return weights, sizes | {k: list(v) for k, v in stats.items()}, what
 
 
 def check_stats(stats: dict, channels: int, file):

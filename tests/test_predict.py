@@ -96,8 +96,7 @@ def test_layers_are_alike():
     deep = replace(TOY, num_layers=5)
     told = train_df.predicted(cfg, deep, (6, 16, 16, 26), 1, "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "at_depth", lambda measure, n: predict.Prediction(
-            (tracker := measure(n)).peak(), [(1, tracker.work)]))
+        patch.setattr(predict, "at_depth", lambda measure, layers: measure(layers))
         whole = train_df.predicted(cfg, deep, (6, 16, 16, 26), 1, "cpu")
     assert told.peak == whole.peak
     rate = predict.GPUS["h100"]
