@@ -95,6 +95,7 @@ MODELS = {"toy": model.Config(dim=128, ffn_dim=512, num_heads=4, num_layers=4, t
 
 
 def main(cfg: Config):
+    common.checked(cfg.device)
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else f"{cpu()}, {threads}"
     print(f"{name}, torch {torch.__version__}, {cfg.dtype}", flush=True)

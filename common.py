@@ -93,14 +93,8 @@ class Ranks(NamedTuple):
 def start_ranks(device: str | None = None) -> Ranks:
     """Joins torchrun's process group or makes one, on a CPU of $RANKS processes. device None: a GPU if there
     is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    device = checked(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.startswith("cuda"):
-        number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise UserError(f"there is no cuda:{number}: torch sees {torch.cuda.device_count()} GPUs here")
-        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     patience = timedelta(hours=12)  # ranks that share out clips may be done hours apart
@@ -116,6 +110,18 @@ def start_ranks(device: str | None = None) -> Ranks:
         raise UserError(f"cannot join the other processes: {first_line(error)}\nstart with torchrun, or "
                         "unset RANK") from error
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def checked(device: str) -> str:
+    """A --device that is there; of several GPUs this rank's."""
+    if not device.startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"there is no cuda:{number}: torch sees {torch.cuda.device_count()} GPUs here")
+    return f"cuda:{number}"
 
 
 def ranks_wanted() -> int:

@@ -199,12 +199,19 @@ def in_use(writer, mark) -> str:
 def opened_alone(mark: Path, flags: int = 0):
     """Yields (the open mark, whether others are kept out): not every file system can."""
     with open(os.open(mark, os.O_RDWR | flags, 0o666), "r+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX)  # until it is closed
-            alone = True
-        except (OSError, AttributeError):
-            alone = False
-        yield f, alone
+        yield f, any(locked(f) for _ in range(50))
+
+
+def locked(f) -> bool:
+    """Until it is closed. Nobody holds it for long; a disk whose locks are broken is not waited for."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        time.sleep(0.1)
+    except (OSError, AttributeError):  # it knows no locks
+        pass
+    return False
 
 
 def parse(text: str) -> dict:

@@ -5,6 +5,7 @@
 """
 
 import functools
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,8 @@ def split(lora) -> tuple[Path, float]:
         factor = float(strength) if name else 1.0
     except ValueError:  # the colon is part of a name
         factor, name = 1.0, ""
+    if not math.isfinite(factor):
+        raise UserError(f"--lora {lora}: its strength is no number")
     path = Path(name or lora)
     return (path / locate.ADAPTER if path.is_dir() else path), factor
 

@@ -753,6 +753,7 @@ class Flags:
 
 
 def main(cfg: Flags):
+    common.checked(cfg.device)
     cfg.path = locate.local(cfg.path, "transformer")
     weights, c = read_checkpoint(cfg.path)
     published = {(1536, 30): "Wan2.1-T2V-1.3B", (5120, 40): "Wan2.1-T2V-14B"}

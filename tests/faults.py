@@ -58,7 +58,7 @@ failures = []
 def note(fault: str, stage: str, outcome: str, good: bool, detail=""):
     counts[fault, stage].update({"injected": 1, outcome if good else "FAILED": 1})
     if not good:
-        detail = str(detail).strip()[-1500:].replace("\n", "\n    ")
+        detail = str(detail).strip()[-800:].replace("\n", "\n    ")
         failures.append(f"{fault}, {stage}: {outcome}\n    {detail}")
         print(failures[-1], flush=True)
 
@@ -87,6 +87,7 @@ def forked(stage: str, before=lambda: None, seconds: float = 60) -> tuple[int | 
                 os.chdir(run)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(writing, 2)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
                 sys.argv = command(stage)[1:]
                 before()
                 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -124,8 +125,9 @@ def made(stage: str, folder: Path = run) -> dict:
 def difference(stage: str, source: Path = whole) -> str:
     """In what a stage's folder is not as in a whole run."""
     ours, expected = made(stage), made(stage, source)
-    return ", ".join(name for name in sorted(ours.keys() | expected.keys())
-                     if ours.get(name, "absent") != expected.get(name, "absent"))
+    other = [name for name in sorted(ours.keys() | expected.keys())
+             if ours.get(name, "absent") != expected.get(name, "absent")]
+    return ", ".join(other[:5] + ["..."] * (len(other) > 5))
 
 
 def is_line(said: str) -> bool:

@@ -23,7 +23,6 @@ import aggregate
 import bench
 import common
 import data
-import diffusion
 import eval_drift
 import files
 import flags
@@ -371,10 +370,7 @@ def test_nan_stops_where_it_appears(tmp_path, ranks):
     with refused("head.head.bias of the weights for .*m: NaN"):
         model.save(net, tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    text = torch.ones(2, 64)
-    with refused("what the model made of latent frames 0 to 2: NaN"):
-        next(diffusion.generate(net, [text], text, diffusion.Sampling(steps=1), shape=(16, 2, 2), frames=3))
     coder = vae.WanVAE(8, (1, 1, 1, 1), 1, z_dim=16, latents_mean=[0.0] * 16, latents_std=[0.0] * 16)
     vae.save(coder, tmp_path / "vae.safetensors")
-    with refused("vae.safetensors: latents_mean and latents_std must be 16 numbers each, the latter above 0"):
+    with refused("vae.safetensors: latents_mean and latents_std must be .*, the latter above 0"):
         vae.load(tmp_path / "vae.safetensors")
