@@ -6,6 +6,7 @@
     python bench.py generate --frames 81 --size 32x32              # generation against its bare forwards
     python bench.py history --frames 765 --size 192x192 --batch 1 --steps 1  # time by length of the past
     python bench.py train --model 1.3B --frames 81 --size 832x480 --batch 4 --device cuda --dtype bfloat16
+    python bench.py times --out toy_run                            # where the time of a run of bagger.sh went
     python bench.py plan --size 1.3B --gpus 8 --gpu h100           # memory, hours and disk of the paper's run
     python bench.py plan --wan Wan2.1-T2V-1.3B --videos clips/     # of a run of bagger.sh, with its flags
 """
@@ -18,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,7 +31,9 @@ from flags import Count, Device, Dtype, Seconds, Size, Whole, in_range, parse, p
 
 @dataclass
 class Config:
-    what: Literal["vae", "train", "modes", "generate", "history"] = positional()  # What to measure
+    # What to measure; times: where the time of a run of bagger.sh went
+    what: Literal["vae", "train", "modes", "generate", "history", "times"] = positional()
+    out: str = "toy_run"  # Folder of that run (times)
     width: Count = 32  # Base width of the VAE (vae); Wan2.1's is 96
     model: Literal["toy", "wide", "1.3B"] = "toy"  # Size of the transformer; its weights are random
     frames: Count = 33  # Frames of a video, 4n+1
@@ -100,8 +105,30 @@ def main(cfg: Config):
     name = torch.cuda.get_device_name(cfg.device) if cfg.device.startswith("cuda") else f"{cpu()}, {threads}"
     print(f"{name}, torch {torch.__version__}, {cfg.dtype}", flush=True)
     benches = {"vae": bench_vae, "train": bench_train, "modes": bench_modes, "generate": bench_generate,
-               "history": bench_history}
+               "history": bench_history, "times": show_times}
     benches[cfg.what](cfg)
+
+
+def show_times(cfg):
+    """A table of what bagger.sh noted in times.txt: when each stage began, in seconds."""
+    file = Path(cfg.out, "times.txt")
+    if not file.exists():
+        raise UserError(f"no such file: {file}; give the --out of a run of bagger.sh")
+    began = [line.split("\t", 1) for line in file.read_text().splitlines()]
+    kinds = {"toy world": "toy.py", "seed data": "prepare.py", "train model": "train_df.py",
+             "roll model": "rollout.py", "backwards": "aggregate.py", "videos of": "sample.py",
+             "drift": "eval_drift.py"}
+    spent = defaultdict(list)
+    for (start, name), (end, _) in pairwise(began):
+        script = next((script for words, script in kinds.items() if words in name), name)
+        spent[script].append(int(end) - int(start))
+    total = sum(map(sum, spent.values()))
+    unfinished = "" if began and began[-1][1].startswith("done") else ", so far"
+    print(f"{total} s in all{unfinished}\n")
+    print("| stage | times | seconds each | seconds | share |\n|---|---|---|---|---|")
+    for script, seconds in spent.items():
+        print(f"| `{script}` | {len(seconds)} | {statistics.median(seconds):.0f} | {sum(seconds)} | "
+              f"{sum(seconds) / max(total, 1):.0%} |")
 
 
 def cpu():

@@ -12,3 +12,12 @@ def test_the_benchmarks_run(capsys):
     printed = capsys.readouterr().out
     assert "2 clips of 24 tokens, 1 at a time" in printed and "2 videos of 21 frames" in printed
     assert math.isfinite(float(printed.split(" TFLOP/s")[0].rpartition(", ")[2]))
+
+
+def test_where_the_time_went(tmp_path, capsys):
+    (tmp_path / "times.txt").write_text(
+        "0\ta toy world\n6\tround 0 of 1: train model_0\n26\tround 0 of 1: roll model_0 out\n"
+        "30\tround 1 of 1: train model_1\n60\tdone: open it\n")
+    bench.show_times(bench.Config("times", out=str(tmp_path)))
+    printed = capsys.readouterr().out
+    assert printed.startswith("60 s in all\n") and "| `train_df.py` | 2 | 25 | 50 | 83% |" in printed
