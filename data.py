@@ -128,6 +128,8 @@ def opened(path):
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise UserError(f"{path} has no video stream")
+            if not streams[0].codec_context:
+                raise UserError(f"{path} cannot be read as a video: there is no decoder for it")
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
