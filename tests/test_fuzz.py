@@ -379,7 +379,7 @@ def test_any_window(begin, frames, window, keep, sink):
 STAGES = {stage: {field.name.replace("_", "-"): field for field in dataclasses.fields(stage.Config)}
           for stage in (prepare, train_df, rollout, aggregate, sample, eval_drift)}
 WORDS = st.sampled_from(["0", "-1", "1e999", "nan", "inf", "9" * 30, "", "x", "0x0", "cuda:99", "a=b", "-",
-                         "\ud800", "--", "0.5", "7", "32x32", "cpu", "df"]) | st.text(max_size=5) | st.just(None)
+                         "\ud800", "--", "0.5", "7", "32x32", "cpu", "df"]) | st.text(max_size=5) | st.none()
 
 
 @drawn
