@@ -128,6 +128,8 @@ def opened(path):
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise UserError(f"{path} has no video stream")
+            if not streams[0].codec_context:
+                raise UserError(f"{path} cannot be read as a video: there is no decoder for it")
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
@@ -451,12 +453,12 @@ TEXT_DTYPE = torch.bfloat16  # as umT5 is published
 KIND = re.compile(rb'"kind"\s*:\s*"(\w+)"')
 MADE_OF = ("prompt", "source", "source_bytes")  # what a clip's file records; a clip of another is made anew
 ID = re.compile(r"[^./\\\0-\37\177][^/\\\0-\37\177]*")  # what a file name may be
-# what all stores of a run have in common: entries of meta.json
 # what an entry of the index holds, and meta.json, as far as it is there
 ENTRY = {"id": str, "file": Path, "prompt": str, "kind": str, "round": int, "source": str, "bytes": int,
          "crc32": int}
 META = {"latents": [records.SIZE] * 4, "width": records.SIZE, "height": records.SIZE, "frames": records.SIZE,
         "fps": records.SIZE, "wan": Path, "vae": str, "t5": str, "seed": int, "round": int, "command": [str]}
+# what all stores of a run have in common: entries of meta.json
 SHARED = ("latents", "width", "height", "frames", "fps", "vae", "t5")
 
 

@@ -43,8 +43,9 @@ def read_file(file: Path) -> Iterator[tuple[str, dict]]:
     for number, row in data.read_rows(file, '{"prompt": ...}'):
         for key, value in ({"prompt": None} | row).items():  # None: a line without a prompt is refused too
             if not records.fits(value, KINDS.get(key, ())):
-                raise UserError(f"{file}:{number}: {key} = {records.shown(value)}; a line may hold prompt "
-                                "(a text or a list), times (a list), seed, seconds, name and extend (a path)")
+                raise UserError(f"{file}:{number}: {key[:40]} = {records.shown(value)}; a line may hold "
+                                "prompt (a text or a list), times (a list), seed, seconds, name and extend "
+                                "(a path)")
         if "extend" in row:
             row["extend"] = str(file.resolve().parent / row["extend"])
         yield f"{file}:{number}", row

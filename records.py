@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from flags import UserError
+from files import UserError, as_json
 
 LARGEST = 2**26  # bytes of a text or a JSON file
 LONGEST = 2**22  # bytes of a line in a list, or of a caption
@@ -126,5 +126,5 @@ def named(kind) -> str:
 
 
 def shown(value) -> str:
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    text = as_json(value)
     return text if len(text) < 60 else text[:57] + "..."

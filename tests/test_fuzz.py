@@ -6,8 +6,10 @@ project's own errors, each of which names its file, and none takes long or much 
 
 import copy
 import csv
+import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,6 +24,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from test_data import make as make_video
 from worlds import fill_store, fork, tiny_model
 
 import aggregate
@@ -29,9 +32,14 @@ import checkpoint
 import common
 import data
 import diffusion
+import eval_drift
+import flags
 import lora
 import model
+import prepare
 import prompts
+import rollout
+import sample
 import sources
 import t5
 import toy
@@ -123,6 +131,8 @@ def world(tmp_path_factory):
     videos.mkdir()
     data.write_video(videos / "a.mp4", [video], 16, {"prompt": "a disc", "seed": 3})
     (videos / "a.txt").write_text("A disc")
+    make_video(folder / "a.mkv", rate=25)
+    (folder / "run.json").write_text(json.dumps({"seed": 0, "latents": [1, 2], "command": ["x"]}))
     data.write_png(folder / "a.png", video[0])
     rows = [{"video": "videos/a.mp4", "text": "A disc", "start": 0.1, "end": 1},
             {"video": "b.mp4", "text": "x"}]
@@ -183,6 +193,10 @@ def read_model(file):
     return model.load(folder)
 
 
+def claim_folder(file):
+    common.claim(file, {"seed": 0, "latents": [1, 2]})
+
+
 def cut_log(file):
     train_df.Log.cut(types.SimpleNamespace(file=file), 2)
 
@@ -191,7 +205,8 @@ SAFE = (damaged, as_header)
 JSON = (damaged, as_json)
 LINES = (damaged, as_lines)
 FILES = {  # path: who reads it, how it is changed
-    "videos/a.mp4": (read_clip, (damaged,)), "a.png": (data.read_image, (damaged,)),
+    "videos/a.mp4": (read_clip, (damaged,)), "a.mkv": (read_clip, (damaged,)),
+    "run.json": (claim_folder, JSON), "a.png": (data.read_image, (damaged,)),
     "videos/a.txt": (lambda file: sources.find_clips(file.parent), (damaged,)),
     "list.jsonl": (sources.find_clips, LINES), "list.csv": (sources.find_clips, (damaged,)),
     "shard.tar": (sources.find_clips, (damaged,)),
@@ -206,7 +221,7 @@ FILES = {  # path: who reads it, how it is changed
     "wan/vae.safetensors": (vae.load, SAFE), "wan/t5.safetensors": (t5.load, SAFE),
     "wan/config.json": (lambda file: data.geometry(file.parent), JSON),
     "wan/google/umt5-xxl/spiece.model": (lambda file: t5.load(file.parents[2]), (damaged,))}
-SLOW = {"videos/a.mp4": 2, "wan/t5.safetensors": 2}  # tries are fewer by so much
+SLOW = {"videos/a.mp4": 2, "a.mkv": 2, "wan/t5.safetensors": 2}  # tries are fewer by so much
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -359,6 +374,31 @@ def test_any_window(begin, frames, window, keep, sink):
         return
     assert frames > begin and (frames - begin) % 3 == 0 and begin + 3 <= window
     assert sink is not None or 0 < keep <= window - 3
+
+
+STAGES = {stage: {field.name.replace("_", "-"): field for field in dataclasses.fields(stage.Config)}
+          for stage in (prepare, train_df, rollout, aggregate, sample, eval_drift)}
+WORDS = st.sampled_from(["0", "-1", "1e999", "nan", "inf", "9" * 30, "", "x", "0x0", "cuda:99", "a=b", "-",
+                         "\ud800", "--", "0.5", "7", "32x32", "cpu", "df"]) | st.text(max_size=5) | st.none()
+
+
+@drawn
+@hypothesis.given(st.sampled_from(list(STAGES)), st.data())
+def test_any_flags(stage, drawing):
+    """What parses is of its type, in range and finite."""
+    known = STAGES[stage]
+    given = drawing.draw(st.dictionaries(st.sampled_from([*known, "oops"]), WORDS, max_size=4))
+    words = ["--out", "o"] if stage is not eval_drift else []
+    for name, word in given.items():
+        words += [f"--{name}"] + [word] * (word is not None)
+    try:
+        cfg = flags.parse(stage.Config, "", words)
+    except UserError as error:
+        assert len(str(error)) < 600
+        return
+    for field in known.values():
+        value = getattr(cfg, field.name)
+        assert not isinstance(value, float) or math.isfinite(value)
 
 
 @drawn

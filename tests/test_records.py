@@ -71,7 +71,7 @@ def test_what_is_missing_is_missed_by_name(tmp_path):
     ('{"kind": "seed", "id": null}', "id = null is not"), ('{"kind": "seed", "id": "../x"}', "'../x' cannot"),
     ('{"kind": "seed", "id": "a", "bytes": "1"}', 'bytes = "1" is not'),
     ('{"kind": "seed", "id": "a"}', "has no 'file'"),
-    ('{"kind": "seed", "id": "a", "file": "a\\u0000"}', "is not a relative path")])
+    ('{"kind": "seed", "id": "a", "file": "a\\u0000"}', "is not a path")])
 def test_a_line_of_an_index(tmp_path, line, message):
     (tmp_path / "index.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match=f"index.jsonl.*{message}"):
