@@ -249,8 +249,8 @@ def claim(file, recipe: dict, **about) -> bool:
     before = records.read(file)
     for key, value in recipe.items():
         if before.get(key) != value:
-            raise UserError(f"{file.parent} was begun with {key} = {before.get(key)}, not {value}; choose "
-                            "another --out, or remove it")
+            raise UserError(f"{file.parent} was begun with {key} = {before.get(key)!s:.400}, not {value}; "
+                            "choose another --out, or remove it")
     return True
 
 

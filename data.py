@@ -350,13 +350,20 @@ def new_stream(container, frame, fps, crf, preset):
     return stream
 
 
+# what tags hold that others read
+TAGS = {"prompt": str, "prompts": [str], "times": [float], "seed": (int, None), "name": str, "id": int,
+        "model": Path, "wan": Path, "extend": (Path, None), "image": (Path, None), "fingerprint": str,
+        "context": (range(10**6), None)}
+
+
 def read_tags(path) -> dict:
-    """The tags that writing() stored; empty for videos from elsewhere."""
+    """The tags that writing() stored; none for videos from elsewhere, and none that are of another kind."""
     with opened(path) as (container, _):
         try:
-            return records.parse(container.metadata.get("comment", ""), path)
+            tags = records.parse(container.metadata.get("comment", ""), path)
         except UserError:  # an ordinary comment
             return {}
+    return {key: value for key, value in tags.items() if key not in TAGS or records.fits(value, TAGS[key])}
 
 
 def write_png(path, image: torch.Tensor):

@@ -155,7 +155,7 @@ def origin_of(tags: dict) -> Origin | None:
     if tags.get("extend"):
         try:
             before = data.probe(tags["extend"])
-            context = tags.get("context", START)
+            context = tags.get("context") or START
             tags = data.read_tags(before.path)
         except (common.UserError, OSError):
             return None

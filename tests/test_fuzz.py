@@ -38,6 +38,7 @@ import lora
 import model
 import prepare
 import prompts
+import readings
 import rollout
 import sample
 import sources
@@ -374,6 +375,28 @@ def test_any_window(begin, frames, window, keep, sink):
         return
     assert frames > begin and (frames - begin) % 3 == 0 and begin + 3 <= window
     assert sink is not None or 0 < keep <= window - 3
+
+
+RECIPE = {"prompt": "a", "prompts": ["a", "b"], "times": [0, 1.5], "seed": 1, "name": "n", "id": 0,
+          "wan": "w", "model": "m", "extend": "v.mp4", "image": None, "context": 12, "fingerprint": "f",
+          "world": [0, 1]}
+
+
+@drawn
+@hypothesis.given(st.randoms(use_true_random=False))
+def test_any_tags(tmp_path_factory, chance):
+    """What tags hold is of its kind, and a recipe that lacks something is refused."""
+    file = tmp_path_factory.mktemp("tags") / "v.mp4"
+    tags = edited(RECIPE, chance)
+    data.write_video(file, torch.zeros(2, 3, 32, 32), 16, tags if isinstance(tags, dict) else {})
+    back = data.read_tags(file)
+    assert all(data.records.fits(back[key], kind) for key, kind in data.TAGS.items() if key in back)
+    readings.origin_of(back | ({"extend": str(file)} if "extend" in back else {}))
+    try:
+        recipe = sample.read_recipe(str(file))
+        prompts.texts_and_times({"prompt": recipe["prompts"], "times": recipe["times"]}, 5, "v.mp4")
+    except UserError as error:
+        assert "v.mp4" in str(error)
 
 
 STAGES = {stage: {field.name.replace("_", "-"): field for field in dataclasses.fields(stage.Config)}
