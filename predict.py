@@ -138,6 +138,7 @@ def one_of(world: int):
             return before(*given)
 
     dist.init_process_group("gpu:fake,cpu:fake", store=FakeStore(), rank=0, world_size=world)
+    dist.group.WORLD._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)  # else torch warns
     try:
         dist.device_mesh.init_device_mesh = init_device_mesh
         yield
