@@ -430,8 +430,9 @@ def show(facts: Run, stages: list[Stage]):
     for s in stages:
         hours = s.count * s.seconds["all"] * s.together / 3600
         total += hours
-        parts = " / ".join(f"{s.seconds[kind]:.3g}" for kind in ("compute", "memory", "network"))
-        print(f"| {s.stage} | {predict.as_text(s.peak)} | {s.seconds['all']:.3g} a {s.unit} ({parts}) | "
+        each, *parts = (f"{s.seconds[kind]:,.0f}" if s.seconds[kind] >= 100 else f"{s.seconds[kind]:.3g}"
+                        for kind in ("all", "compute", "memory", "network"))
+        print(f"| {s.stage} | {predict.as_text(s.peak)} | {each} a {s.unit} ({' / '.join(parts)}) | "
               f"{s.count:,.0f} | {hours:,.0f} | {hours / facts.gpus:,.0f} | {s.disk / 1e9:,.1f} |")
     disk = sum(s.disk for s in stages)
     print(f"| all | | | | {total:,.0f} | {total / facts.gpus:,.0f} | {disk / 1e9:,.1f} |")
