@@ -209,9 +209,10 @@ def test_other_machines_are_known_by_their_heartbeat(tmp_path, monkeypatch):
     os.utime(mark, (time.time() - files.STALE - 5,) * 2)
     files.own("out", "clips")
     assert json.loads(mark.read_text())["writer"]["pid"] == os.getpid()
-    for damaged in ("", "[", "[]", '{"holds": "clips", "writer": 7}', '{"writer": {"pid": "x", "host": 1}}'):
+    for damaged in (b"", b"[", b"[]", b"\xe5", b'{"holds": "clips", "writer": 7}',
+                    b'{"writer": {"pid": "x", "host": 1}}'):
         files.release()
-        mark.write_text(damaged)
+        mark.write_bytes(damaged)
         files.own("out", "clips")
 
 
