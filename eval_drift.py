@@ -73,6 +73,7 @@ import records
 import report
 import toy
 from common import UserError, print0
+from files import DiskError
 from metrics import mean, sem
 
 VERSION = 3  # of the files in scores/
@@ -318,6 +319,8 @@ def score_all(jobs: list[Job], stride: int, ranks) -> dict[str, str]:
         for job in mine:
             try:
                 score(job, stride, ranks.device, bar)
+            except DiskError:  # is not the video's
+                raise
             except UserError as error:
                 errors.append((job.file, str(error)))
     errors = dict(common.gathered(errors, ranks))

@@ -184,7 +184,7 @@ def take(mark: Path, what: str):
         write_over(f, ours)
     if not alone:  # of two that start at the same time on such a disk, the last to write has it
         time.sleep(1)
-        writer = parse(mark.read_text()).get("writer")
+        writer = parse(mark.read_text(errors="replace")).get("writer")
         if writer != ours["writer"]:
             raise UserError(in_use(writer, mark))
 
@@ -198,7 +198,7 @@ def in_use(writer, mark) -> str:
 @contextlib.contextmanager
 def opened_alone(mark: Path, flags: int = 0):
     """Yields (the open mark, whether others are kept out): not every file system can."""
-    with open(os.open(mark, os.O_RDWR | flags, 0o666), "r+", encoding="utf-8") as f:
+    with open(os.open(mark, os.O_RDWR | flags, 0o666), "r+", encoding="utf-8", errors="replace") as f:
         yield f, any(locked(f) for _ in range(50))
 
 
@@ -247,7 +247,8 @@ def beat(pid: int):
         time.sleep(BEAT)
         for mark, (_, ours) in list(held.items()):
             with contextlib.suppress(OSError):
-                if parse(mark.read_text()).get("writer", ours["writer"]) != ours["writer"] and mark in held:
+                writer = parse(mark.read_text(errors="replace")).get("writer", ours["writer"])
+                if writer != ours["writer"] and mark in held:
                     sys.stderr.write(f"{mark.parent} has been taken over by another process\n")
                     os._exit(2)
                 os.utime(mark)

@@ -38,7 +38,7 @@ IGNORED = re.compile(r"log\.jsonl$|train/step-\d+-damaged")  # times of steps; w
 # files that a stage reads, its own included where it goes on. checked: a changed one is noticed
 READ = [("prepare.py", "toy/videos/*.mp4", False), ("prepare.py", "toy/videos/*.txt", False),
         ("prepare.py", "toy/wan/*.safetensors", False), ("prepare.py", "toy/wan/google/*/*", False),
-        ("prepare.py", "toy/wan/config.json", False), ("prepare.py", "agg_0/clips/*", True),
+        ("prepare.py", "toy/wan/config.json", False), ("prepare.py", "agg_0/clips/*", False),
         ("prepare.py", "agg_0/meta.json", False), ("train_df.py", "agg_0/index.jsonl", False),
         ("train_df.py", "agg_0/meta.json", False), ("train_df.py", "agg_0/clips/*", True),
         ("train_df.py", "agg_0/empty.safetensors", False), ("train_df.py", "model_0/train/*/*", True),
@@ -122,11 +122,11 @@ def made(stage: str, folder: Path = run) -> dict:
     return {name: content for name, content in files.items() if not IGNORED.search(name)}
 
 
-def difference(stage: str, source: Path = whole) -> str:
-    """In what a stage's folder is not as in a whole run."""
+def difference(stage: str, source: Path = whole, but: str = "") -> str:
+    """In what a stage's folder is not as in a whole run, but for a file."""
     ours, expected = made(stage), made(stage, source)
     other = [name for name in sorted(ours.keys() | expected.keys())
-             if ours.get(name, "absent") != expected.get(name, "absent")]
+             if name != but and ours.get(name, "absent") != expected.get(name, "absent")]
     return ", ".join(other[:5] + ["..."] * (len(other) > 5))
 
 
@@ -245,14 +245,14 @@ def damage(stage: str, pattern: str, checked: bool, chance):
         content[place] ^= 1 << chance.randrange(8)
     file.write_bytes(content if how == "flipped" else content[:place] if how == "cut" else b"")
     code, said = forked(stage)
+    other = difference(stage, but=file.relative_to(run / STAGES[stage][1]).as_posix() if own else "")
     if code in (0, 3):
-        same = not difference(stage)
-        outcome = "no effect or mended" if same else "other output"
-        good = same or not checked
+        outcome = "other output" if other else "no effect or mended"
+        good = not (other and checked)
     else:
         good = code == 2 and is_line(said)
         outcome = "refused by name" if file.name in said else "refused"
-    detail = f"{file.relative_to(run)} {how} at {place}: ended with {code}, differs in {difference(stage)}"
+    detail = f"{file.relative_to(run)} {how} at {place}: ended with {code}, differs in {other}"
     note(f"{file.suffix or file.name} damaged", stage, outcome, good, f"{detail}: {said}")
 
 

@@ -168,11 +168,10 @@ def test_only_ones_own_leftovers_are_swept(tmp_path, monkeypatch):
     assert {str(path) for path in Path("run").rglob(".*.tmp")} == {"run/.mine.tmp", "run/other/.a.12.tmp"}
 
 
-OWN = "import files, sys, time; files.own('out', 'clips'); print('mine', flush=True); {}"
-
-
-def owner(folder, then="time.sleep(60)"):
-    return subprocess.Popen([sys.executable, "-c", OWN.format(then)], env=ENV, cwd=folder, text=True,
+def owner(folder, then="time.sleep(60)", first="0"):
+    """A process that says when it has folder/out."""
+    code = f"import files, time; {first}; files.own('out', 'clips'); print('mine', flush=True); {then}"
+    return subprocess.Popen([sys.executable, "-c", code], env=ENV, cwd=folder, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -209,10 +208,19 @@ def test_other_machines_are_known_by_their_heartbeat(tmp_path, monkeypatch):
     os.utime(mark, (time.time() - files.STALE - 5,) * 2)
     files.own("out", "clips")
     assert json.loads(mark.read_text())["writer"]["pid"] == os.getpid()
-    for damaged in ("", "[", "[]", '{"holds": "clips", "writer": 7}', '{"writer": {"pid": "x", "host": 1}}'):
+    for damaged in (b"", b"[", b"[]", b"\xe5", b'{"holds": "clips", "writer": 7}',
+                    b'{"writer": {"pid": "x", "host": 1}}'):
         files.release()
-        mark.write_text(damaged)
+        mark.write_bytes(damaged)
         files.own("out", "clips")
+
+
+def test_a_process_that_was_taken_for_dead_ends(tmp_path):
+    sleeper = owner(tmp_path, first="files.BEAT = 0.01")
+    sleeper.stdout.readline()
+    mark = tmp_path / "out" / files.MARK
+    mark.write_text(json.dumps({"holds": "clips", "writer": files.this_process()}))
+    assert "has been taken over" in sleeper.communicate()[1] and sleeper.returncode == 2
 
 
 def test_a_killed_parent_takes_its_children_along(tmp_path):
