@@ -38,7 +38,7 @@ IGNORED = re.compile(r"log\.jsonl$|train/step-\d+-damaged")  # times of steps; w
 # files that a stage reads, its own included where it goes on. checked: a changed one is noticed
 READ = [("prepare.py", "toy/videos/*.mp4", False), ("prepare.py", "toy/videos/*.txt", False),
         ("prepare.py", "toy/wan/*.safetensors", False), ("prepare.py", "toy/wan/google/*/*", False),
-        ("prepare.py", "toy/wan/config.json", False), ("prepare.py", "agg_0/clips/*", False),
+        ("prepare.py", "agg_0/clips/*", False),
         ("prepare.py", "agg_0/meta.json", False), ("train_df.py", "agg_0/index.jsonl", False),
         ("train_df.py", "agg_0/meta.json", False), ("train_df.py", "agg_0/clips/*", True),
         ("train_df.py", "agg_0/empty.safetensors", False), ("train_df.py", "model_0/train/*/*", True),
