@@ -4,7 +4,9 @@ No GPU and no weights are needed: the stages' own code runs on fake tensors, and
 What is assumed of a GPU is printed with what follows from it.
 """
 
+import itertools
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -191,7 +193,7 @@ def plan_train(facts: Run) -> Stage:
     trained = lora_weights(facts) if flags.lora_rank else facts.weights
     checkpoint = 4 * (3 + (flags.ema > 0)) * trained
     disk = models * (4 * trained + flags.keep * checkpoint) + checkpoint
-    spent = train_df.predicted(flags, facts.sizes, facts.latents, facts.gpus)
+    spent = training(flags, facts.sizes, facts.latents, facts.gpus)
     if flags.preview_every:
         peak = max(spent.peak, previews(facts, flags), key=lambda peak: peak["all"])
         spent = spent._replace(peak=peak)
@@ -395,7 +397,7 @@ def previews(facts: Run, flags) -> dict[str, float]:
             net = train_df.set_up(flags, net.requires_grad_(), ranks)
             state = train_df.new_state(flags, net, (), ranks)
             with predict.Tracker(device, True, net.parameters()) as tracker:
-                tracker.label("moments", train_df.moments(state))
+                tracker.label("moments", moments(state))
                 label_cache(net, tracker)
                 rows = [torch.zeros(max(1, round(facts.tokens)), sizes.text_dim)]
                 chunk = None if flags.mode == "full" else train_df.CHUNK
@@ -474,3 +476,53 @@ def check_disk(cfg, need: float):
     if need > free + used and not last.exists():  # once the last model is trained, little is left to write
         raise UserError(f"{out} is {(need - free - used) / 1e9:,.1f} GB too small; choose another OUT, or "
                         "fewer clips or ROUNDS")
+
+
+# ----------------------------------------------------------------------------------------------------
+# training, which train_df.py foretells as well
+
+def training_in_words(*given) -> str:
+    return predict.as_text(training(*given).peak)
+
+
+def training(cfg, config, shape, world: int, device=None) -> Prediction:
+    """What training on this many GPUs takes of one, or of the CPU if device says so. A step is run on fake
+    tensors, with two micro-batches: what the first leaves is there in the second, and others are alike."""
+    count = math.ceil(cfg.batch // world / cfg.micro)
+    shown = min(count, 2)
+
+    def measure(layers):
+        with predict.faked(device) as place, predict.one_of(world):
+            ranks = common.Ranks(0, world, place)
+            net = predict.network(lambda: model.WanModel(
+                replace(config, num_layers=layers), *train_df.formats(cfg)), place)
+            batch = fake_batch(cfg, config, shape)
+            net = train_df.set_up(cfg, net.requires_grad_(), ranks)
+            state = train_df.new_state(cfg, net, batch.sizes, ranks)
+            with predict.Tracker(place, fused=cfg.compile, weights=net.parameters()) as tracker:
+                tracker.label("moments", moments(state))
+                step = replace(cfg, batch=shown * cfg.micro * world)
+                train_df.train_step(step, state, itertools.repeat((0, batch)), 0, ranks)
+            return tracker.prediction()
+
+    peak, work = predict.at_depth(measure, config.num_layers)
+    return Prediction(peak, [
+        (weight * (count / shown if kind else 1), [w for w in part if (w.kind != "optimizer") == kind])
+        for weight, part in work for kind in (True, False)])
+
+
+def moments(state) -> list[torch.Tensor]:
+    held = [state.optimizer.state[p] for p in state.weights.values()]
+    return state.ema + [moment[key] for moment in held for key in ("exp_avg", "exp_avg_sq")]
+
+
+def fake_batch(cfg, config, shape) -> train_df.Batch:
+    """A micro-batch as Samples makes them."""
+    clips, frames = cfg.micro, shape[0]
+    sizes = (frames,) if cfg.mode == "full" else (train_df.CHUNK,) * (frames // train_df.CHUNK)
+    x = torch.zeros(clips, *shape)
+    t = torch.zeros(clips, frames)
+    text = torch.zeros(clips, config.text_len, config.text_dim)
+    chunk = torch.zeros(frames, dtype=torch.int64)
+    resampling = (t[:, 0], x) if cfg.mode == "rf" else ()
+    return train_df.Batch(x, x, t, t, t, text, chunk, sizes, [], *resampling)

@@ -692,57 +692,14 @@ def foresee(cfg, samples, ranks) -> Future | None:
     config = model.read_checkpoint(cfg.init, cfg.lora)[1]
     device = "cpu" if ranks.device.type == "cpu" else None
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    future = pool.submit(in_words, cfg, config, samples.shape, ranks.world, device)
+    future = pool.submit(foreseen, cfg, config, samples.shape, ranks.world, device)
     pool.shutdown(wait=False)
     return future
 
 
-def in_words(*given) -> str:
-    import predict
-    return predict.as_text(predicted(*given).peak)
-
-
-def predicted(cfg, config, shape, world: int, device=None):
-    """What training on this many GPUs takes of one, or of the CPU if device says so. A step is run on fake
-    tensors, with two micro-batches: what the first leaves is there in the second, and others are alike."""
-    import predict  # what no small training should wait for
-    count = math.ceil(cfg.batch // world / cfg.micro)
-    shown = min(count, 2)
-
-    def measure(layers):
-        with predict.faked(device) as place, predict.one_of(world):
-            ranks = common.Ranks(0, world, place)
-            net = predict.network(lambda: model.WanModel(
-                dataclasses.replace(config, num_layers=layers), *formats(cfg)), place)
-            batch = fake_batch(cfg, config, shape)
-            state = new_state(cfg, set_up(cfg, net.requires_grad_(), ranks), batch.sizes, ranks)
-            with predict.Tracker(place, fused=cfg.compile, weights=net.parameters()) as tracker:
-                tracker.label("moments", moments(state))
-                step = dataclasses.replace(cfg, batch=shown * cfg.micro * world)
-                train_step(step, state, itertools.repeat((0, batch)), 0, ranks)
-            return tracker.prediction()
-
-    peak, work = predict.at_depth(measure, config.num_layers)
-    return predict.Prediction(peak, [
-        (weight * (count / shown if kind else 1), [w for w in part if (w.kind != "optimizer") == kind])
-        for weight, part in work for kind in (True, False)])
-
-
-def moments(state) -> list[torch.Tensor]:
-    held = [state.optimizer.state[p] for p in state.weights.values()]
-    return state.ema + [moment[key] for moment in held for key in ("exp_avg", "exp_avg_sq")]
-
-
-def fake_batch(cfg, config, shape) -> Batch:
-    """A micro-batch as Samples makes them."""
-    clips, frames = cfg.micro, shape[0]
-    sizes = (frames,) if cfg.mode == "full" else (CHUNK,) * (frames // CHUNK)
-    x = torch.zeros(clips, *shape)
-    t = torch.zeros(clips, frames)
-    text = torch.zeros(clips, config.text_len, config.text_dim)
-    chunk = torch.zeros(frames, dtype=torch.int64)
-    resampling = (t[:, 0], x) if cfg.mode == "rf" else ()
-    return Batch(x, x, t, t, t, text, chunk, sizes, [], *resampling)
+def foreseen(*given) -> str:
+    import plan  # all that bench.py plan needs, and training does not
+    return plan.training_in_words(*given)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from worlds import call_text, relative
 import common
 import diffusion
 import model
+import plan
 import routing
 import train_df
 
@@ -244,14 +245,14 @@ def test_a_training_step_takes_the_memory_that_is_predicted():
     flags = dict(batch=2, micro=1, recompute=True)
     config, shape = replace(model.Config(), num_layers=2), (9, 16, 60, 104)
     predicted = float(call_text(f"""
-        import common, model, predict, torch, train_df
+        import common, model, plan, predict, torch, train_df
         cfg = common.for_device(train_df.Config("", **{flags}), predict.fake_gpu())
-        print(train_df.predicted(cfg, model.{config}, {shape}, 1).peak["all"])"""))
+        print(plan.training(cfg, model.{config}, {shape}, 1).peak["all"])"""))
     ranks = common.Ranks(0, 1, torch.device("cuda"))
     cfg = common.for_device(train_df.Config("", **flags), ranks.device)
     net = train_df.set_up(cfg, model.WanModel(config, *train_df.formats(cfg)).cuda(), ranks)
     net.compile_blocks()
-    batch = train_df.fake_batch(cfg, config, shape)
+    batch = plan.fake_batch(cfg, config, shape)
     state = train_df.new_state(cfg, net, batch.sizes, ranks)
     torch.cuda.reset_peak_memory_stats()
     train_df.train_step(cfg, state, iter([(0, batch)] * 2), 0, ranks)

@@ -190,7 +190,7 @@ def test_memory_follows_the_clips(root):
     def activations(latents, mode):
         cfg = train_df.Config("", mode=mode, batch=1, dtype="float32", compile=False, recompute=False)
         config = model.read_checkpoint(root / "base")[1]
-        return train_df.predicted(cfg, config, (latents, 16, 16, 16), 1, "cpu").peak["activations"]
+        return plan.training(cfg, config, (latents, 16, 16, 16), 1, "cpu").peak["activations"]
 
     short, long, two_streams = (activations(*case) for case in ((21, "df"), (63, "df"), (63, "tf")))
     assert long == pytest.approx(3 * short, rel=0.05)

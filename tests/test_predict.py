@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 import common
 import diffusion
 import model
+import plan
 import predict
 import train_df
 
@@ -45,9 +46,9 @@ def agree(predicted, measured):
 def test_memory_of_a_training_step(config, shape, flags):
     ranks = common.Ranks(0, 1, torch.device("cpu"))
     cfg = common.for_device(train_df.Config("", **flags), ranks.device)
-    predicted = train_df.predicted(cfg, config, shape, 1, "cpu").peak
+    predicted = plan.training(cfg, config, shape, 1, "cpu").peak
     net = train_df.set_up(cfg, model.WanModel(config, *train_df.formats(cfg)), ranks)
-    batch = train_df.fake_batch(cfg, config, shape)
+    batch = plan.fake_batch(cfg, config, shape)
     state = train_df.new_state(cfg, net, batch.sizes, ranks)
     held = sum(p.nbytes for p in net.parameters()) + sum(
         p.nbytes * (2 + (cfg.ema > 0)) for p in state.weights.values())
@@ -94,10 +95,10 @@ def test_layers_are_alike():
     """What 3 and 4 layers tell is what 5 of them take."""
     cfg = train_df.Config("", batch=1, micro=1, dtype="float32", compile=False, recompute=True)
     deep = replace(TOY, num_layers=5)
-    told = train_df.predicted(cfg, deep, (6, 16, 16, 26), 1, "cpu")
+    told = plan.training(cfg, deep, (6, 16, 16, 26), 1, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "at_depth", lambda measure, layers: measure(layers))
-        whole = train_df.predicted(cfg, deep, (6, 16, 16, 26), 1, "cpu")
+        whole = plan.training(cfg, deep, (6, 16, 16, 26), 1, "cpu")
     assert told.peak == whole.peak
     rate = predict.GPUS["h100"]
     assert predict.seconds(told, rate) == pytest.approx(predict.seconds(whole, rate))
