@@ -92,7 +92,7 @@ def test_disk_of_14b_follows_from_the_formats(wan_14b, videos, tmp_path, monkeyp
     for name in ("text", "vae_work", "generated"):
         monkeypatch.setattr(plan, name, lambda *given, **more: predict.Prediction(
             dict.fromkeys((*predict.KINDS, "all"), 0), []))
-    monkeypatch.setattr(plan.train_df, "predicted", plan.generated)
+    monkeypatch.setattr(plan, "training", plan.generated)
     train = "--held-out 1 --preview-every 0"
     cfg = config(wan_14b, videos, tmp_path / "run", train=train, rollout="--count 3")
     facts = plan.read_run(cfg)
