@@ -31,7 +31,8 @@ if [ "$WAN" ]; then
     BASELINES=${BASELINES-1}    # also the seed model with the paper's two other ways to sample; empty: not
     PROMPTS=${PROMPTS:-$here/prompts.txt}
     [ -d "$WAN" ] || refuse "WAN: no such folder: $WAN"
-    [ "$VIDEOS" ] || refuse "VIDEOS is missing: videos with captions: a folder, a list (.jsonl .csv .parquet) or .tar shards"
+    [ "$VIDEOS" ] || refuse "VIDEOS is missing: a folder of videos with captions, a list (.jsonl .csv" \
+        ".parquet) or .tar shards"
 elif [ "${QUICK:-}" ]; then
     OUT=${OUT:-quick_run} ROUNDS=${ROUNDS:-1} STEPS=${STEPS:-4} LENGTH=${LENGTH:-6} CLIPS=12 STARTS=9
     TRAIN=${TRAIN:-"--batch 4 --micro 4 --lr 1e-3 --shift 3 --held-out 2 --log-every 1 --preview-every 0"}
@@ -100,7 +101,8 @@ all prepare.py --videos "$VIDEOS" --wan "$base" --out "$OUT/agg_0" --seed "$SEED
 init=$base
 for ((k = 0; k <= ROUNDS; k++)); do
     stage "round $k of $ROUNDS: train model_$k"
-    all train_df.py --data "$OUT/agg_$k" --init "$init" --out "$OUT/model_$k" $TRAIN --steps "$STEPS" --seed "$SEED"
+    all train_df.py --data "$OUT/agg_$k" --init "$init" --out "$OUT/model_$k" $TRAIN --steps "$STEPS" \
+        --seed "$SEED"
     if [ "$INIT" = previous ]; then init=$OUT/model_$k; fi
     if ((k < ROUNDS)); then
         stage "round $k of $ROUNDS: roll model_$k out"
